@@ -1,0 +1,65 @@
+"""Each session makes a virtual environment of its own and installs what it needs, pinned by constraints.txt."""
+
+import os
+
+import nox
+
+nox.needs_version = ">=2024.4.15"
+nox.options.sessions = ["tests"]
+nox.options.error_on_external_run = True
+
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+
+
+def install(session: nox.Session, extra: str) -> None:
+    session.install("--constraint", "constraints.txt", "--editable", f".[{extra}]")
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """Lint, types, the house's import rule, unit and property tests, doctests, README blocks."""
+    install(session, "test")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+    session.run("mypy")
+    session.run("lint-imports")
+    session.run("pytest", "-n", "2", *session.posargs, env=ONE_THREAD)
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """Train PinnerFormer on a year of shopping and judge it beside its baselines (about 4 minutes)."""
+    install(session, "examples")
+    session.run("python", "-m", "examples.pinnerformer", *session.posargs, env=ONE_THREAD)
+
+
+@nox.session
+def slow(session: nox.Session) -> None:
+    """What the everyday run leaves out: compilation with inductor, memory at 100 million actions."""
+    install(session, "test")
+    session.run("pytest", "-m", "slow", *session.posargs)
+
+
+@nox.session
+def fuzz(session: nox.Session) -> None:
+    """The property tests with new random examples, many more of them."""
+    install(session, "test")
+    session.run("pytest", "-n", "2", *session.posargs, env={**ONE_THREAD, "RECBLOCKS_HYPOTHESIS": "fuzz"})
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """The speed tables of benchmarks/; name one to run it alone: nox -s bench -- sketch."""
+    install(session, "test")
+    session.run("python", "-m", "benchmarks", *session.posargs)
+
+
+@nox.session
+def torchrec(session: nox.Session) -> None:
+    """What holds beside torchrec, which needs a CPU build of fbgemm installed by hand."""
+    install(session, "test")
+    session.install(
+        "--constraint", "constraints.txt", "fbgemm-gpu-cpu", "tensordict", "torchmetrics", "pyre-extensions", "tqdm"
+    )
+    session.install("--no-deps", "--constraint", "constraints.txt", "torchrec")
+    session.run("pytest", "tests/torchrec", *session.posargs, env={**os.environ, **ONE_THREAD})

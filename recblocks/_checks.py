@@ -1,0 +1,107 @@
+"""Argument errors: every message names the argument, what it got and what it takes."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Collection
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def describe(value: object) -> str:
+    """Say in a few words what an argument was, for an error message."""
+    if isinstance(value, Tensor):
+        return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)}"
+    return f"{value!r} ({type(value).__name__})"
+
+
+def tensor(
+    name: str, value: object, *shape: int | str | None, dtype: torch.dtype | Collection[torch.dtype] | None = None
+) -> None:
+    """Require a tensor; each entry of ``shape`` is a size, or a name or None for any size; no entries: any shape."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {describe(value)}")
+    if shape:
+        fits = value.ndim == len(shape) and all(
+            not isinstance(want, int) or got == want for got, want in zip(value.shape, shape, strict=True)
+        )
+        if not fits:
+            wanted = ", ".join("any" if size is None else str(size) for size in shape)
+            raise ValueError(f"{name} must have shape ({wanted}), got {describe(value)}")
+    if dtype is not None:
+        allowed = (dtype,) if isinstance(dtype, torch.dtype) else tuple(dtype)
+        if value.dtype not in allowed:
+            names = " or ".join(str(one).removeprefix("torch.") for one in allowed)
+            raise TypeError(f"{name} must be {names}, got {describe(value)}")
+
+
+def floating(name: str, value: object, *shape: int | str | None) -> None:
+    """Require a floating-point tensor of the given shape."""
+    tensor(name, value, *shape, dtype=_FLOATS)
+
+
+def integers(name: str, value: object, *shape: int | str | None) -> None:
+    """Require an int64 tensor of the given shape (ids, times and indices are int64 everywhere)."""
+    tensor(name, value, *shape, dtype=torch.int64)
+
+
+def mask(name: str, value: object, *shape: int | str | None) -> None:
+    """Require a bool tensor of the given shape."""
+    tensor(name, value, *shape, dtype=torch.bool)
+
+
+def choice(name: str, value: object, options: Collection[object]) -> None:
+    """Require one of the listed values."""
+    if value not in options:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, options))}, got {describe(value)}")
+
+
+def positive_int(name: str, value: object) -> None:
+    """Require an int of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {describe(value)}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def number(
+    name: str,
+    value: object,
+    *,
+    above: float | None = None,
+    at_least: float | None = None,
+    below: float | None = None,
+    at_most: float | None = None,
+) -> None:
+    """Require a finite Python number inside the stated bounds."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {describe(value)}")
+    inside = (
+        math.isfinite(value)
+        and (above is None or value > above)
+        and (at_least is None or value >= at_least)
+        and (below is None or value < below)
+        and (at_most is None or value <= at_most)
+    )
+    if not inside:
+        bounds = {"above": above, "at least": at_least, "below": below, "at most": at_most}
+        stated = [f"{word} {bound:g}" for word, bound in bounds.items() if bound is not None]
+        raise ValueError(f"{name} must be {' and '.join(['finite', *stated])}, got {value!r}")
+
+
+def readable(value: Tensor) -> bool:
+    """Whether a check may look at the numbers: eagerly on a CPU, where it costs no device sync and no graph break."""
+    return value.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def optional(module: str, install: str) -> ModuleType:
+    """Import an optional package, or say what to install."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(f"this needs the package {module.split('.')[0]!r}; install it with: {install}") from error

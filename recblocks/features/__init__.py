@@ -1,0 +1,1 @@
+"""What one action, or one item, looks like to a model."""

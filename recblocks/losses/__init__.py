@@ -1,0 +1,1 @@
+"""What trains an embedding or a ranking."""

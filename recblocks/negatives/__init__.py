@@ -1,0 +1,1 @@
+"""Which items a loss compares with, and how likely each was to be drawn."""

@@ -1,0 +1,1 @@
+"""Features become a sequence, a sequence an embedding."""

@@ -1,0 +1,1 @@
+"""Actions become per-user timelines, timelines training examples."""

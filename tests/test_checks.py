@@ -1,0 +1,66 @@
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from recblocks import _checks
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda: _checks.tensor("x", [1.0]), TypeError, ["x must be a torch.Tensor", "[1.0]"]),
+        (lambda: _checks.tensor("x", torch.ones(2, 3), "B", 4), ValueError, ["x", "(B, 4)", "(2, 3)"]),
+        (lambda: _checks.tensor("x", torch.ones(2), "B", 2), ValueError, ["x", "(B, 2)", "(2,)"]),
+        (lambda: _checks.floating("x", torch.ones(2, dtype=torch.int64)), TypeError, ["float32", "int64"]),
+        (lambda: _checks.integers("ids", torch.ones(2), "N"), TypeError, ["ids", "int64", "float32"]),
+        (lambda: _checks.mask("valid", torch.ones(2), "N"), TypeError, ["valid", "bool"]),
+        (lambda: _checks.choice("unit", "min", ("s", "ms")), ValueError, ["unit", "'s', 'ms'", "'min'"]),
+        (lambda: _checks.positive_int("width", 0), ValueError, ["width", "at least 1", "0"]),
+        (lambda: _checks.positive_int("width", True), TypeError, ["width", "int", "True"]),
+        (lambda: _checks.number("rate", 1.5, above=0, at_most=1), ValueError, ["rate", "above 0", "at most 1", "1.5"]),
+        (lambda: _checks.number("rate", float("nan")), ValueError, ["rate", "finite", "nan"]),
+        (lambda: _checks.number("rate", "1"), TypeError, ["rate", "number", "'1'"]),
+        (
+            lambda: _checks.optional("no_such_package.part", "pip install it"),
+            ImportError,
+            ["no_such_package", "pip install it"],
+        ),
+    ],
+)
+def test_an_error_names_the_argument_what_came_and_what_is_wanted(call, error, words):
+    with pytest.raises(error) as caught:
+        call()
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_what_fits_passes():
+    _checks.tensor("x", torch.ones(2, 3), "B", 3, dtype=torch.float32)
+    _checks.tensor("x", torch.ones(2, 3))
+    _checks.integers("ids", torch.arange(3), None)
+    _checks.choice("unit", "s", ("s", "ms"))
+    _checks.number("rate", 1, above=0, at_most=1)
+    assert _checks.optional("math", "") is not None
+
+
+def test_numbers_are_readable_on_a_cpu_and_not_inside_a_graph():
+    assert _checks.readable(torch.ones(1))
+    assert not _checks.readable(torch.ones(1, device="meta"))
+    seen = []
+
+    def forward(x):
+        seen.append(_checks.readable(x))
+        return x + 1
+
+    torch.compile(forward, backend="eager", fullgraph=True)(torch.ones(1))
+    assert seen == [False]
+
+
+OPTIONAL = "faiss datasketch datasketches pyarrow pandas lmdb torchrec scipy sklearn matplotlib triton"
+
+
+def test_the_package_imports_with_every_optional_package_blocked():
+    code = f"import sys; sys.modules.update(dict.fromkeys({OPTIONAL.split()!r})); import recblocks"
+    subprocess.run([sys.executable, "-c", code], check=True)
