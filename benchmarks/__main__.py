@@ -18,9 +18,8 @@ def main() -> None:
     unknown = sorted(set(chosen) - set(names))
     if unknown:
         parser.error(f"no benchmark named {', '.join(unknown)}; there are: {', '.join(names)}")
-    print(
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}, Python {platform.python_version()}"
-    )
+    machine = f"{platform.machine()}, Python {platform.python_version()}"
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {machine}")
     for name in chosen:
         importlib.import_module(f"benchmarks.bench_{name}").main()
 
