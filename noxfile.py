@@ -1,7 +1,5 @@
 """Each session makes a virtual environment of its own and installs what it needs, pinned by constraints.txt."""
 
-import os
-
 import nox
 
 nox.needs_version = ">=2024.4.15"
@@ -15,10 +13,17 @@ def install(session: nox.Session, extra: str) -> None:
     session.install("--constraint", "constraints.txt", "--editable", f".[{extra}]")
 
 
+def install_torchrec(session: nox.Session) -> None:
+    """torchrec requires a CUDA build of fbgemm by name; on a CPU its parts are installed one by one."""
+    session.install("--constraint", "constraints.txt", "fbgemm-gpu-cpu", "tensordict", "pyre-extensions", "tqdm")
+    session.install("--constraint", "constraints.txt", "--no-deps", "torchrec")
+
+
 @nox.session
 def tests(session: nox.Session) -> None:
     """Lint, types, the house's import rule, unit and property tests, doctests, README blocks."""
     install(session, "test")
+    install_torchrec(session)
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
     session.run("mypy")
@@ -52,14 +57,3 @@ def bench(session: nox.Session) -> None:
     """The speed tables of benchmarks/; name one to run it alone: nox -s bench -- sketch."""
     install(session, "test")
     session.run("python", "-m", "benchmarks", *session.posargs)
-
-
-@nox.session
-def torchrec(session: nox.Session) -> None:
-    """What holds beside torchrec, which needs a CPU build of fbgemm installed by hand."""
-    install(session, "test")
-    session.install(
-        "--constraint", "constraints.txt", "fbgemm-gpu-cpu", "tensordict", "torchmetrics", "pyre-extensions", "tqdm"
-    )
-    session.install("--no-deps", "--constraint", "constraints.txt", "torchrec")
-    session.run("pytest", "tests/torchrec", *session.posargs, env={**os.environ, **ONE_THREAD})
