@@ -99,6 +99,20 @@ def readable(value: Tensor) -> bool:
     return value.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
+def offsets(name: str, value: object, total: int) -> None:
+    """Require (B+1,) int64 offsets of packed sequences: from 0 to ``total``, never descending."""
+    integers(name, value, None)
+    assert isinstance(value, Tensor)
+    if len(value) == 0:
+        raise ValueError(f"{name} must have shape (B+1,) with B of at least 0, got {describe(value)}")
+    if readable(value):
+        if value[0] != 0 or value[-1] != total:
+            first, last = int(value[0]), int(value[-1])
+            raise ValueError(f"{name} must run from 0 to {total}, got {describe(value)} from {first} to {last}")
+        if bool((value.diff() < 0).any()):
+            raise ValueError(f"{name} must never descend, got {describe(value)} that does")
+
+
 def optional(module: str, install: str) -> ModuleType:
     """Import an optional package, or say what to install."""
     try:

@@ -1,1 +1,113 @@
 """Definitions as scalar loops over Python numbers. Nothing here imports recblocks, and nothing here is fast."""
+
+import math
+
+import mpmath
+
+# --- times ---
+
+
+def log_periodic_features(t, periods, phase, units_per_second):
+    """One time's features by the formula, in 60 digits; t and the periods are taken as the exact numbers they are."""
+    with mpmath.workdps(60):
+        seconds = mpmath.mpf(t) / units_per_second
+        features = []
+        for i, period in enumerate(periods):
+            angle = 2 * mpmath.pi * seconds / mpmath.mpf(period)
+            features.append(float(mpmath.cos(angle + phase[2 * i])))
+            features.append(float(mpmath.sin(angle + phase[2 * i + 1])))
+        features.append(float(mpmath.log(1 + max(seconds, 0))))
+        return features
+
+
+def time_since_latest(times, valid):
+    """One newest-first sequence."""
+    latest = None
+    answer = []
+    for time, real in zip(times, valid, strict=True):
+        if real and latest is None:
+            latest = time
+        answer.append(latest - time if real else 0)
+    return answer
+
+
+def gap_to_next_older(times, valid):
+    """One newest-first sequence."""
+    answer = []
+    for i in range(len(times)):
+        older = [times[j] for j in range(i + 1, len(times)) if valid[j]]
+        answer.append(times[i] - older[0] if valid[i] and older else 0)
+    return answer
+
+
+# --- evaluation ---------------------------------------------------------------------------------------------------------
+
+
+def euclidean_distance(u, v):
+    return math.sqrt(sum((a - b) ** 2 for a, b in zip(u, v, strict=True)))
+
+
+def positive_rank(scores, positive, absent=()):
+    """How many other items score at least as much (scores: one number an item, larger is closer)."""
+    rank = 0
+    for item in range(len(scores)):
+        if item != positive and item not in absent and not scores[item] < scores[positive]:
+            rank += 1
+    return rank
+
+
+def recall_at_k(queries, corpus, positives, k, in_corpus=None, excluded=()):
+    """PinnerFormer 4.1 over sets of positives; squared distances of integers are exact."""
+    users = []
+    for q, query in enumerate(queries):
+        own = {item for user, item in positives if user == q}
+        hits = 0
+        for positive in own:
+            mine = sum((a - b) ** 2 for a, b in zip(query, corpus[positive], strict=True))
+            nearer = 0
+            for item, vector in enumerate(corpus):
+                if item == positive or (q, item) in excluded or (in_corpus is not None and not in_corpus[item]):
+                    continue
+                if mine >= sum((a - b) ** 2 for a, b in zip(query, vector, strict=True)):
+                    nearer += 1
+            hits += nearer < k
+        if own:
+            users.append(hits / len(own))
+    return sum(users) / len(users)
+
+
+def ranking_metrics(ranks, k):
+    """One user's recall, hit rate, reciprocal rank and NDCG from the ranks (from 0) of their positives."""
+    recall = sum(rank < k for rank in ranks) / len(ranks)
+    hit = float(any(rank < k for rank in ranks))
+    reciprocal = 1 / (1 + min(ranks))
+    gain = sum(1 / math.log2(rank + 2) for rank in ranks if rank < k)
+    ideal = sum(1 / math.log2(place + 2) for place in range(min(k, len(ranks))))
+    return recall, hit, reciprocal, gain / ideal
+
+
+def round_robin(lists, k):
+    """Lists of one user, the weightiest first, blended turn by turn; what was shown is passed over."""
+    blend = []
+    for place in range(max(len(one) for one in lists)):
+        for one in lists:
+            if place < len(one) and one[place] not in blend:
+                blend.append(one[place])
+    return blend[:k]
+
+
+# ---- timelines ----
+
+
+def newest_first(rows):
+    """user -> positions of its rows, newest first, equal times as they came; a row is (user, time, ...)."""
+    found = {}
+    for position, row in enumerate(rows):
+        found.setdefault(row[0], []).append(position)
+    for positions in found.values():
+        for sorted_end in range(1, len(positions)):  # insertion sort: stable, and plainly so
+            at = sorted_end
+            while at > 0 and rows[positions[at]][1] > rows[positions[at - 1]][1]:
+                positions[at], positions[at - 1] = positions[at - 1], positions[at]
+                at -= 1
+    return found
