@@ -40,7 +40,7 @@ def gap_to_next_older(times, valid):
     return answer
 
 
-# --- evaluation ---------------------------------------------------------------------------------------------------------
+# --- evaluation -------------------------------------------------------------------------------------------------
 
 
 def euclidean_distance(u, v):
@@ -111,3 +111,38 @@ def newest_first(rows):
                 positions[at], positions[at - 1] = positions[at - 1], positions[at]
                 at -= 1
     return found
+
+
+# --- count-min sketch ---
+
+
+def splitmix64(seed, index):
+    """The index-th output (from 0) of Vigna's splitmix64 started at this seed."""
+    z = (seed + 0x9E3779B97F4A7C15 * (index + 1)) & 0xFFFFFFFFFFFFFFFF
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+    return z ^ (z >> 31)
+
+
+def half_mix(item, offset):
+    """64 bits, as an unsigned number: add the offset, then half of splitmix64's finaliser."""
+    z = (item + offset) & 0xFFFFFFFFFFFFFFFF
+    z = ((z ^ (z >> 32)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+    return z ^ (z >> 29)
+
+
+def sketch_bucket(item, row, width, seed):
+    """Which of a row's counters an id has."""
+    multiplier = splitmix64(seed, 2 * (row // 2) + 1) | 1
+    product = (half_mix(item, splitmix64(seed, 0)) * multiplier) & 0xFFFFFFFFFFFFFFFF
+    half = product >> 32 if row % 2 == 0 else product & 0xFFFFFFFF
+    return half * width // 2**32
+
+
+def sketch_answers(stream, queries, width, depth, seed):
+    """What a count-min sketch answers after a stream of (id, count), in whole numbers."""
+    counters = [[0] * width for _ in range(depth)]
+    for item, count in stream:
+        for row in range(depth):
+            counters[row][sketch_bucket(item, row, width, seed)] += count
+    return [min(counters[row][sketch_bucket(item, row, width, seed)] for row in range(depth)) for item in queries]

@@ -1,0 +1,339 @@
+"""Timelines: order, disk, tables and bad input."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import pickle
+from collections.abc import Callable
+
+import numpy as np
+import oracles
+import pandas as pd
+import pyarrow as pa
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from recblocks import Timelines, TimelinesWriter, write_timelines
+from recblocks.timelines.tables import columns_from_arrow
+from recblocks.timelines.timeline import expand_ranges, first_at_or_before
+
+INT64 = st.integers(-(2**63), 2**63 - 1)
+ROWS = st.lists(
+    st.tuples(st.sampled_from([-(2**63), -5, 0, 3, 2**63 - 1]), st.one_of(st.integers(-3, 3), INT64), INT64),
+    max_size=30,
+)
+
+
+def arrays(rows: list[tuple[int, int, int]]) -> dict[str, np.ndarray]:
+    table = np.array(rows, dtype=np.int64).reshape(-1, 3)
+    order = np.arange(len(rows), dtype=np.int16)
+    return {"user": table[:, 0], "time": table[:, 1], "item": table[:, 2], "order": order}
+
+
+def small() -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    return {
+        "user": rng.integers(-4, 4, 50),
+        "time": rng.integers(0, 9, 50),
+        "item": rng.integers(0, 99, 50),
+        "action_type": rng.integers(0, 5, 50).astype(np.int8),
+        "duration": rng.random(50, dtype=np.float32),
+        "paid": rng.random(50) < 0.5,
+    }
+
+
+def equal(one: Timelines, other: Timelines) -> bool:
+    same = one.columns.keys() == other.columns.keys() and one.unit == other.unit
+    same = same and all(torch.equal(one.columns[key], other.columns[key]) for key in one.columns)
+    same = same and all(one.columns[key].dtype == other.columns[key].dtype for key in one.columns)
+    return same and torch.equal(one.users, other.users) and torch.equal(one.offsets, other.offsets)
+
+
+@given(ROWS)
+def test_orders_by_user_then_newest_first_and_keeps_ties_as_they_came(rows: list[tuple[int, int, int]]) -> None:
+    timelines = Timelines.from_arrays(**arrays(rows), unit="s")
+    found = {}
+    for row, user in enumerate(timelines.users.tolist()):
+        found[user] = timelines.columns["order"][timelines.offsets[row] : timelines.offsets[row + 1]].tolist()
+    assert found == oracles.newest_first(rows)
+    assert list(found) == sorted(found)
+
+
+@given(ROWS)
+def test_what_is_stored_is_its_own_order(rows: list[tuple[int, int, int]]) -> None:
+    timelines = Timelines.from_arrays(**arrays(rows), unit="s")
+    row, index = expand_ranges(timelines.starts, timelines.ends)
+    assert equal(Timelines.from_arrays(user=timelines.users[row], **timelines.gather(index), unit="s"), timelines)
+
+
+@given(st.lists(st.tuples(st.integers(-5, 5), st.integers(-2, 6)), max_size=8))
+def test_expand_ranges_is_the_loop(ranges: list[tuple[int, int]]) -> None:
+    starts = torch.tensor([start for start, _ in ranges], dtype=torch.int64)
+    ends = torch.tensor([start + length for start, length in ranges], dtype=torch.int64)
+    row, index = expand_ranges(starts, ends)
+    expected = [(r, i) for r, (start, length) in enumerate(ranges) for i in range(start, start + length)]
+    assert list(zip(row.tolist(), index.tolist(), strict=True)) == expected
+
+
+@given(st.lists(st.lists(st.integers(-4, 4), max_size=9), min_size=1, max_size=4), st.integers(-5, 5))
+def test_first_at_or_before_is_the_scan(users: list[list[int]], limit: int) -> None:
+    falling = [sorted(times, reverse=True) for times in users]
+    time = torch.tensor([t for times in falling for t in times], dtype=torch.int64)
+    ends = torch.tensor([len(times) for times in falling]).cumsum(0)
+    low = ends - torch.tensor([len(times) for times in falling])
+    found = first_at_or_before(time, low, ends, torch.full_like(low, limit)) - low
+    expected = [next((i for i, t in enumerate(times) if t <= limit), len(times)) for times in falling]
+    assert found.tolist() == expected
+
+
+def test_disk_gives_back_every_column_and_dtype(tmp_path: pathlib.Path) -> None:
+    written = write_timelines(tmp_path, **small(), unit="ms")
+    assert equal(written, Timelines.from_arrays(**small(), unit="ms"))
+    assert equal(written, Timelines.open(tmp_path, verify=True))
+    assert written.columns["action_type"].dtype == torch.int8
+    assert written.unit == "ms"
+
+
+def test_torch_and_numpy_are_the_same_input(tmp_path: pathlib.Path) -> None:
+    tensors = {name: torch.from_numpy(column) for name, column in small().items()}
+    assert equal(write_timelines(tmp_path, **tensors, unit="s"), Timelines.from_arrays(**small(), unit="s"))
+
+
+def test_chunks_equal_one_write(tmp_path: pathlib.Path) -> None:
+    columns = small()
+    with TimelinesWriter(tmp_path, unit="s") as writer:
+        for low, high in ((-9, -2), (-2, 0), (0, 0), (0, 9)):
+            rows = (columns["user"] >= low) & (columns["user"] < high)
+            writer.append(**{name: column[rows] for name, column in columns.items()})
+    assert equal(Timelines.open(tmp_path, verify=True), Timelines.from_arrays(**columns, unit="s"))
+
+
+def test_a_chunk_must_come_after_the_last(tmp_path: pathlib.Path) -> None:
+    one = {"time": np.array([1]), "item": np.array([1])}
+    with TimelinesWriter(tmp_path, unit="s") as writer:
+        writer.append(user=np.array([4]), **one)
+        with pytest.raises(ValueError, match="user must come after 4, the last one written, got 4"):
+            writer.append(user=np.array([4]), **one)
+        with pytest.raises(ValueError, match="columns must be those of the first chunk"):
+            writer.append(user=np.array([5]), **one, extra=np.array([1]))
+        with pytest.raises(ValueError, match="columns must be those of the first chunk"):
+            writer.append(user=np.array([5]), **one, order=np.array([1], dtype=np.int16))
+    assert len(Timelines.open(tmp_path)) == 1
+
+
+def test_no_actions_at_all(tmp_path: pathlib.Path) -> None:
+    with TimelinesWriter(tmp_path, unit="s"):
+        pass
+    empty = Timelines.open(tmp_path, verify=True)
+    assert (len(empty), empty.num_actions, empty.offsets.tolist()) == (0, 0, [0])
+    assert empty.rows_of(torch.tensor([3])).tolist() == [-1]
+
+
+def test_a_write_that_failed_is_not_opened(tmp_path: pathlib.Path) -> None:
+    def fail() -> None:
+        with TimelinesWriter(tmp_path, unit="s") as writer:
+            writer.append(user=np.array([4]), time=np.array([1]), item=np.array([1]))
+            raise RuntimeError("killed")
+
+    with pytest.raises(RuntimeError, match="killed"):
+        fail()
+    with pytest.raises(ValueError, match=r"header\.json is missing.*cut off"):
+        Timelines.open(tmp_path)
+    assert equal(write_timelines(tmp_path, **small(), unit="s"), Timelines.from_arrays(**small(), unit="s"))
+    with pytest.raises(FileExistsError, match="already holds timelines"):
+        write_timelines(tmp_path, **small(), unit="s")
+
+
+def cut(path: pathlib.Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def lengthen(path: pathlib.Path) -> None:
+    path.write_bytes(path.read_bytes() + b"\0")
+
+
+@pytest.mark.parametrize("name", ["users.bin", "offsets.bin", "column.time.bin", "column.duration.bin"])
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [(cut, "expected .* bytes, found"), (lengthen, "bytes, found"), (pathlib.Path.unlink, "missing")],
+)
+def test_a_file_of_another_size(
+    tmp_path: pathlib.Path, name: str, harm: Callable[[pathlib.Path], None], message: str
+) -> None:
+    write_timelines(tmp_path, **small(), unit="s")
+    harm(tmp_path / name)
+    with pytest.raises(ValueError, match=f"{name}.*{message}"):
+        Timelines.open(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"version": 2}, r"version 1, found \('recblocks\.timelines', 2\)"),
+        ({"format": "x"}, "found"),
+        ({"files": {}}, "damaged"),
+        ({"files": None}, "damaged"),
+        ({"unit": "h"}, "unit must be one of 's', 'ms', got 'h'"),
+        ({"num_actions": 49}, "must have 49 entries, got 50"),
+    ],
+)
+def test_a_header_that_does_not_fit(tmp_path: pathlib.Path, change: dict[str, object], message: str) -> None:
+    write_timelines(tmp_path, **small(), unit="s")
+    header = tmp_path / "header.json"
+    header.write_text(json.dumps(json.loads(header.read_text()) | change))
+    with pytest.raises(ValueError, match=message):
+        Timelines.open(tmp_path)
+
+
+def test_a_header_cut_short(tmp_path: pathlib.Path) -> None:
+    write_timelines(tmp_path, **small(), unit="s")
+    cut(tmp_path / "header.json")
+    with pytest.raises(ValueError, match=r"header\.json is damaged: expected JSON"):
+        Timelines.open(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        Timelines.open(tmp_path / "nowhere")
+
+
+def test_verify_sees_one_changed_byte(tmp_path: pathlib.Path) -> None:
+    write_timelines(tmp_path, **small(), unit="s")
+    path = tmp_path / "column.item.bin"
+    data = bytearray(path.read_bytes())
+    data[17] ^= 1
+    path.write_bytes(data)
+    Timelines.open(tmp_path)
+    with pytest.raises(ValueError, match=r"column\.item\.bin is damaged: expected checksum"):
+        Timelines.open(tmp_path, verify=True)
+
+
+def test_verify_sees_actions_out_of_order() -> None:
+    timelines = Timelines(
+        torch.tensor([1, 2]), torch.tensor([0, 1]), torch.tensor([1, 3]),
+        {"time": torch.tensor([5, 6, 7]), "item": torch.tensor([1, 2, 3])}, unit="s",
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="from the newest to the oldest"):
+        timelines._verify_order()
+    timelines.columns["time"][1] = 7
+    timelines._verify_order()
+
+
+def test_reading_changes_nothing_and_writing_does_not_reach_the_disk(tmp_path: pathlib.Path) -> None:
+    timelines = write_timelines(tmp_path, **small(), unit="s")
+    timelines.columns["item"].fill_(-1)
+    assert equal(Timelines.open(tmp_path, verify=True), Timelines.from_arrays(**small(), unit="s"))
+
+
+@pytest.mark.parametrize("on_disk", [True, False])
+def test_pickle_opens_the_folder_again_and_keeps_a_subset(tmp_path: pathlib.Path, on_disk: bool) -> None:
+    timelines = Timelines.from_arrays(**small(), unit="s")
+    if on_disk:
+        timelines = timelines.save(tmp_path)
+        assert len(pickle.dumps(timelines)) < 500
+    assert equal(pickle.loads(pickle.dumps(timelines)), timelines)
+    subset = timelines.select(torch.tensor([1, 4]))
+    again = pickle.loads(pickle.dumps(subset))
+    assert torch.equal(again.users, subset.users)
+    assert torch.equal(again.starts, subset.starts)
+    assert torch.equal(again.ends, subset.ends)
+
+
+def test_a_subset_shares_the_columns() -> None:
+    timelines = Timelines.from_arrays(**small(), unit="s")
+    rows = torch.tensor([0, 2, 5])
+    subset = timelines.select(rows)
+    assert subset.columns["item"] is timelines.columns["item"]
+    assert subset.users.tolist() == timelines.users[rows].tolist()
+    assert subset.num_actions == int((timelines.ends - timelines.starts)[rows].sum())
+    mask = torch.zeros(len(timelines), dtype=torch.bool)
+    mask[rows] = True
+    assert torch.equal(timelines.select(mask).starts, subset.starts)
+    with pytest.raises(ValueError, match="use starts and ends"):
+        _ = subset.offsets
+    assert subset.rows_of(torch.tensor([[int(timelines.users[2]), 77]])).tolist() == [[1, -1]]
+
+
+def test_a_subset_can_be_saved(tmp_path: pathlib.Path) -> None:
+    timelines = Timelines.from_arrays(**small(), unit="s")
+    saved = timelines.select(torch.tensor([1, 3])).save(tmp_path)
+    columns = small()
+    rows = np.isin(columns["user"], timelines.users[[1, 3]].numpy())
+    assert equal(saved, Timelines.from_arrays(**{name: column[rows] for name, column in columns.items()}, unit="s"))
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (torch.tensor([2, 1]), "strictly ascending"),
+        (torch.tensor([1, 1]), "strictly ascending"),
+        (torch.tensor([-1, 1]), r"rows must be in \[0, 8\), got -1 to 1"),
+        (torch.tensor([8]), r"rows must be in \[0, 8\), got 8 to 8"),
+        (torch.ones(3, dtype=torch.bool), "rows must have shape"),
+    ],
+)
+def test_rows_that_do_not_fit(rows: torch.Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Timelines.from_arrays(**small(), unit="s").select(rows)
+
+
+def test_arrow_pandas_and_parquet_come_back_the_same(tmp_path: pathlib.Path) -> None:
+    timelines = Timelines.from_arrays(**small(), unit="ms")
+    assert equal(Timelines.from_arrow(pa.table(small()), unit="ms"), timelines)
+    assert equal(Timelines.from_pandas(pd.DataFrame(small()), unit="ms"), timelines)
+    assert equal(Timelines.from_arrow(timelines.to_arrow(), unit="ms"), timelines)
+    timelines.to_parquet(tmp_path / "actions.parquet")
+    assert equal(Timelines.from_parquet(tmp_path / "actions.parquet", unit="ms"), timelines)
+    with pytest.raises(ValueError, match="unit must be 'ms', which the table notes, got 's'"):
+        Timelines.from_parquet(tmp_path / "actions.parquet", unit="s")
+
+
+@pytest.mark.parametrize(("unit", "expected"), [("s", [-1, 1_500_000_000]), ("ms", [-500, 1_500_000_000_250])])
+def test_datetimes_are_rounded_down(unit: str, expected: list[int]) -> None:
+    instants = ["1969-12-31T23:59:59.500000001", "2017-07-14T02:40:00.250999"]
+    time = np.array(instants, dtype="datetime64[ns]")
+    columns = {"user": np.array([1, 2]), "item": np.array([1, 2])}
+    frame = pd.DataFrame(columns | {"time": pd.to_datetime(instants, format="ISO8601", utc=True)})
+    for timelines in (
+        Timelines.from_arrays(**columns, time=time, unit=unit),
+        Timelines.from_pandas(frame, unit=unit),
+    ):
+        assert timelines.columns["time"].tolist() == expected
+
+
+def test_nulls_in_arrow_become_masks() -> None:
+    table = pa.table(
+        {"user": pa.array([1, None]), "duration": pa.array([None, 2.5]), "time": pa.array([None, 5], "timestamp[s]")}
+    )
+    columns = columns_from_arrow(table)
+    assert np.ma.getmaskarray(columns["user"]).tolist() == [False, True]
+    assert np.ma.getmaskarray(columns["duration"]).tolist() == [True, False]
+    assert columns["user"].dtype == np.int64
+    assert np.isnat(columns["time"]).tolist() == [True, False]
+    with pytest.raises(ValueError, match="user has 1 nulls among 2"):
+        Timelines.from_arrow(pa.table({"user": pa.array([1, None]), "time": [1, 2], "item": [1, 2]}), unit="s")
+    with pytest.raises(TypeError, match=r"user must be integers, floats.* got string"):
+        columns_from_arrow(pa.table({"user": ["a"]}))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"unit": "h"}, ValueError, "unit must be one of 's', 'ms', got 'h'"),
+        ({"user": [1, 2]}, TypeError, "user must be a numpy array or a torch.Tensor"),
+        ({"user": np.array([1.0, 2.0])}, TypeError, "user must be integers, got float64"),
+        ({"user": np.array([1, 2**63], dtype=np.uint64)}, ValueError, "user must fit int64, got 9223372036854775808"),
+        ({"time": np.array([1.0, 2.0])}, TypeError, "time must be integers, got float64"),
+        ({"item": np.array([1])}, ValueError, "item must have one entry for each of the 2 users given, got 1"),
+        ({"item": np.array([[1, 2]])}, ValueError, r"item must have shape \(any\), got an array of shape \(1, 2\)"),
+        ({"item": np.ma.masked_array([1, 2], mask=[True, False])}, ValueError, "item has 1 nulls among 2"),
+        ({"extra": np.array(["a", "b"])}, TypeError, "extra must be bool, .* got <U1"),
+        ({"a/b": np.array([1, 2])}, ValueError, "name must be an identifier other than 'user', got 'a/b'"),
+    ],
+)
+def test_bad_input(tmp_path: pathlib.Path, change: dict[str, object], error: type[Exception], message: str) -> None:
+    good = {"user": np.array([1, 2]), "time": np.array([1, 2]), "item": np.array([1, 2]), "unit": "s"}
+    with pytest.raises(error, match=message):
+        write_timelines(tmp_path, **(good | change))  # type: ignore[arg-type]
+    with pytest.raises(error, match=message):
+        Timelines.from_arrays(**(good | change))  # type: ignore[arg-type]
