@@ -1,5 +1,14 @@
 """Building blocks for recommender models; each works alone."""
 
+from recblocks.evaluation._pairs import unique_pairs
+from recblocks.evaluation.ranking import (
+    PerUser,
+    hit_rate_per_user,
+    ndcg_per_user,
+    recall_per_user,
+    reciprocal_rank_per_user,
+)
+from recblocks.evaluation.retrieval import TopK, positive_ranks, recall_at_k, retrieval_ranks, retrieve, top_k
 from recblocks.features.time import (
     PINNERFORMER_PERIODS,
     LogPeriodicTimeEncoder,
@@ -8,6 +17,7 @@ from recblocks.features.time import (
     log_spaced_periods,
     time_since_latest,
 )
+from recblocks.sketch import CountMinSketch
 from recblocks.timelines.storage import TimelinesWriter
 from recblocks.timelines.timeline import Timelines, write_timelines
 
@@ -15,12 +25,25 @@ __version__ = "0.1.0.dev0"
 
 __all__ = [
     "PINNERFORMER_PERIODS",
+    "CountMinSketch",
     "LogPeriodicTimeEncoder",
+    "PerUser",
     "Timelines",
     "TimelinesWriter",
+    "TopK",
     "gap_to_next_older",
+    "hit_rate_per_user",
     "log_periodic_features",
     "log_spaced_periods",
+    "ndcg_per_user",
+    "positive_ranks",
+    "recall_at_k",
+    "recall_per_user",
+    "reciprocal_rank_per_user",
+    "retrieval_ranks",
+    "retrieve",
     "time_since_latest",
+    "top_k",
+    "unique_pairs",
     "write_timelines",
 ]

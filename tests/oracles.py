@@ -146,3 +146,49 @@ def sketch_answers(stream, queries, width, depth, seed):
         for row in range(depth):
             counters[row][sketch_bucket(item, row, width, seed)] += count
     return [min(counters[row][sketch_bucket(item, row, width, seed)] for row in range(depth)) for item in queries]
+
+
+# --- actions and items ---
+
+
+def drop_out_of_vocabulary(action_type, surface, valid, num_action_types, num_surfaces, max_len):
+    """One row: the slots kept, and how many were dropped for their type, for their surface, and for their age."""
+    slots, of_type, of_surface, of_age = [], 0, 0, 0
+    for slot in range(len(valid)):
+        if not valid[slot]:
+            continue
+        if action_type[slot] not in range(num_action_types):
+            of_type += 1
+        elif surface[slot] not in range(num_surfaces):
+            of_surface += 1
+        elif len(slots) == max_len:
+            of_age += 1
+        else:
+            slots.append(slot)
+    return slots, of_type, of_surface, of_age
+
+
+def action_vector(item, type_row, surface_row, duration, times, units_per_second):
+    """PinnerFormer 3.1; times: (t, periods, phase) of the absolute time and of the two differences."""
+    vector = [*item, *type_row, *surface_row, math.log(1 + duration)]
+    for t, periods, phase in times:
+        vector += log_periodic_features(t, periods, phase, units_per_second)
+    return vector
+
+
+def gelu(x):
+    return x * 0.5 * (1 + math.erf(x / math.sqrt(2)))
+
+
+def affine(weight, bias, x):
+    return [sum(w * a for w, a in zip(row, x, strict=True)) + b for row, b in zip(weight, bias, strict=True)]
+
+
+def unit(x):
+    length = math.sqrt(sum(a * a for a in x))
+    return [a / length for a in x]
+
+
+def item_vector(x, w1, b1, w2, b2):
+    """PinnerFormer 3.2: the MLP, then the L2 norm."""
+    return unit(affine(w2, b2, [gelu(a) for a in affine(w1, b1, x)]))
