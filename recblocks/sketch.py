@@ -1,0 +1,354 @@
+"""How often each id was seen, in fixed memory: the count-min sketch behind log q and table admission."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from recblocks import _checks
+from recblocks._distributed import group_size
+
+_SIGHTING = 1 << 16  # fixed point: what one sighting adds to a counter
+_MOST_SIGHTINGS = 2.0**46  # beyond it a counter would leave the exact range of int64 and float64
+_GOLDEN = 0x9E3779B97F4A7C15  # the increment and the two multipliers of splitmix64
+_FIRST = 0xBF58476D1CE4E5B9
+_SECOND = 0x94D049BB133111EB
+_LOW_32 = (1 << 32) - 1
+_CHUNK = 1 << 16  # ids hashed at a time on a CPU, so that their hashes stay in cache
+_PRECISION = 14  # log2 of HyperLogLog++'s registers: 16 KiB, a standard error of 0.8 %
+
+
+class CountMinSketch(nn.Module):
+    """Counts int64 ids in ``depth`` x ``width`` counters; never too low, rarely much too high.
+
+    count(v) <= query(v), and query(v) > count(v) + (e / width) x total with a probability of at most exp(-depth).
+
+    Every id has one counter in each row, chosen by a hash of the id, the row and the seed; the smallest of its counters
+    is the answer. Counters are int64 buffers in fixed point (one sighting is 2**16), so adding is exact, in any order,
+    and the same on every device, in every process and run.
+
+    ``pending`` holds what came since the last `all_reduce`, ``synced`` everything before; an answer is their sum.
+
+    Args:
+        width: counters in a row, below 2**31.
+        depth: rows.
+        seed: chooses the hash functions, from 0 to 2**63 - 1. Sketches of another seed do not merge.
+        device: where the counters live.
+
+    Note:
+        Counts past 2**46 sightings are refused where they can be read (eagerly, on a CPU).
+
+    Example:
+        >>> sketch = CountMinSketch(width=1000, depth=4)
+        >>> sketch.update(torch.tensor([7, 7, -3]))
+        >>> sketch.query(torch.tensor([7, -3, 5]))
+        tensor([2., 1., 0.], dtype=torch.float64)
+        >>> sketch.total
+        tensor(3., dtype=torch.float64)
+
+    Source:
+        Cormode and Muthukrishnan 2005, cited by PinnerFormer 3.3.2 for the sampling probability of its loss.
+    """
+
+    synced: Tensor
+    pending: Tensor
+    synced_total: Tensor
+    pending_total: Tensor
+
+    def __init__(
+        self, width: int, depth: int, *, seed: int = 0, device: torch.device | str | int | None = None
+    ) -> None:
+        super().__init__()
+        _checks.positive_int("width", width)
+        _checks.positive_int("depth", depth)
+        _checks.number("width", width, below=2**31)
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise TypeError(f"seed must be an int, got {_checks.describe(seed)}")
+        if not 0 <= seed < 1 << 63:
+            raise ValueError(f"seed must be from 0 to 2**63 - 1, got {seed}")
+        self.width, self.depth, self.seed = width, depth, seed
+        self._offset = _signed(_splitmix(seed, 0))
+        self._multipliers = [_signed(_splitmix(seed, row + 1) | 1) for row in range(0, depth, 2)]
+        for part in ("synced", "pending"):
+            self.register_buffer(part, torch.zeros(depth, width, dtype=torch.int64, device=device))
+            self.register_buffer(f"{part}_total", torch.zeros((), dtype=torch.int64, device=device))
+
+    @classmethod
+    def from_error(
+        cls, epsilon: float, delta: float, *, seed: int = 0, device: torch.device | str | int | None = None
+    ) -> CountMinSketch:
+        """Make the sketch that is over by more than ``epsilon`` x total with a probability of at most ``delta``.
+
+        Args:
+            epsilon: error as a share of all sightings, in (0, 1); width = ceil(e / epsilon).
+            delta: probability that one answer's error is larger, in (0, 1); depth = ceil(ln(1 / delta)).
+            seed: see the class.
+            device: see the class.
+
+        Returns:
+            An empty sketch.
+
+        Raises:
+            ValueError: where ``epsilon`` or ``delta`` is not in (0, 1).
+
+        Example:
+            >>> CountMinSketch.from_error(0.001, 0.01)
+            CountMinSketch(width=2719, depth=5, seed=0)
+        """
+        _checks.number("epsilon", epsilon, above=0, below=1)
+        _checks.number("delta", delta, above=0, below=1)
+        return cls(math.ceil(math.e / epsilon), math.ceil(-math.log(delta)), seed=seed, device=device)
+
+    @classmethod
+    def from_stream(
+        cls,
+        batches: Iterable[Tensor],
+        *,
+        relative_error: float,
+        delta: float,
+        seed: int = 0,
+        device: torch.device | str | int | None = None,
+    ) -> CountMinSketch:
+        """Make a sketch wide enough for a stream's distinct ids, which one pass of HyperLogLog++ counts to about 0.8 %.
+
+        width = ceil(e x distinct / relative_error), so that an item of mean count (total / distinct) is over by more
+        than ``relative_error`` of its count with a probability of at most ``delta``. The stream is only measured: the
+        sketch comes back empty. Needs the package ``datasketch``.
+
+        Args:
+            batches: int64 id tensors of any shape, at least one id in all.
+            relative_error: r, above 0.
+            delta: in (0, 1).
+            seed: see the class.
+            device: see the class.
+
+        Returns:
+            An empty sketch.
+
+        Raises:
+            ImportError: without ``datasketch``.
+            ValueError: where there is no id, or a number is out of its range.
+
+        Example:
+            >>> ids = torch.arange(1000)
+            >>> CountMinSketch.from_stream([ids, ids], relative_error=0.5, delta=0.05).width in range(5200, 5700)
+            True
+        """
+        _checks.number("relative_error", relative_error, above=0)
+        _checks.number("delta", delta, above=0, below=1)
+        distinct = _count_distinct(batches)
+        if distinct < 1:
+            raise ValueError("batches must hold at least one id, got none")
+        return cls(math.ceil(math.e * distinct / relative_error), math.ceil(-math.log(delta)), seed=seed, device=device)
+
+    def reset_parameters(self) -> None:
+        """Forget everything."""
+        for counters in self.buffers(recurse=False):
+            counters.zero_()
+
+    def update(self, ids: Tensor, counts: Tensor | None = None) -> None:
+        """Add sightings; in ``eval()`` this does nothing.
+
+        Call it before the batch is read, so that every id of the batch has at least its own sighting.
+
+        Args:
+            ids: (...) int64, any value; an id may repeat.
+            counts: (...) sightings of each id, int64, or floating (rounded up to a multiple of 2**-16); None: one each.
+
+        Raises:
+            TypeError: for another dtype.
+            ValueError: for another shape, and, where the numbers can be read, for a count that is negative or not
+                finite or takes the total past 2**46.
+        """
+        _checks.integers("ids", ids)
+        if counts is not None:
+            is_float = isinstance(counts, Tensor) and counts.is_floating_point()
+            (_checks.floating if is_float else _checks.integers)("counts", counts, *ids.shape)
+        if not self.training:
+            return
+        if _checks.readable(ids) and _checks.readable(self.pending):
+            self._check_counts(ids, counts)
+        ids = ids.flatten()
+        amounts = torch.full((), _SIGHTING, dtype=torch.int64, device=ids.device).expand(ids.shape)
+        if counts is not None:
+            amounts = _fixed_point(counts.flatten())
+        chunk = _CHUNK if _checks.readable(ids) else max(ids.shape[0], 1)
+        for some_ids, some_amounts in zip(torch.split(ids, chunk), torch.split(amounts, chunk), strict=True):
+            for row, buckets in enumerate(self._buckets(some_ids)):
+                self.pending[row].index_add_(0, buckets, some_amounts)
+        self.pending_total.add_(amounts.sum())
+
+    def query(self, ids: Tensor) -> Tensor:
+        """Answer how often each id was seen, in sightings; never too low.
+
+        Args:
+            ids: (...) int64.
+
+        Returns:
+            (...) float64, between 0 and ``total``; whole counts are exact up to 2**46.
+        """
+        _checks.integers("ids", ids)
+        smallest: Tensor | None = None
+        for row, buckets in enumerate(self._buckets(ids.flatten())):
+            counters = self.synced[row, buckets] + self.pending[row, buckets]
+            smallest = counters if smallest is None else torch.minimum(smallest, counters)
+        assert smallest is not None
+        return (smallest.double() / _SIGHTING).view(ids.shape)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Answer like `query`."""
+        return self.query(ids)
+
+    @property
+    def total(self) -> Tensor:
+        """All sightings, a 0-dim float64 tensor on the sketch's device."""
+        return (self.synced_total + self.pending_total).double() / _SIGHTING
+
+    def decay(self, factor: float) -> None:
+        """Multiply every counter and the total by ``factor``, rounding up to the next 2**-16: never too low.
+
+        Exact integer arithmetic. On several ranks, call it on all of them at the same step.
+
+        Args:
+            factor: in [0, 1].
+        """
+        _checks.number("factor", factor, at_least=0, at_most=1)
+        for counters in self.buffers(recurse=False):
+            counters.copy_(_multiply_rounding_up(counters, factor))
+
+    def merge(self, other: CountMinSketch) -> None:
+        """Add another sketch's sightings, as if this one had seen both streams.
+
+        What the other had shared with its ranks (``synced``) counts as shared here too, so merge it on every rank; what
+        it had not (``pending``) is shared by this sketch's next `all_reduce`.
+
+        Args:
+            other: a sketch of the same width, depth and seed; it stays as it is.
+
+        Raises:
+            TypeError: where ``other`` is no CountMinSketch.
+            ValueError: where width, depth or seed differ.
+        """
+        if not isinstance(other, CountMinSketch):
+            raise TypeError(f"other must be a CountMinSketch, got {_checks.describe(other)}")
+        if (other.width, other.depth, other.seed) != (self.width, self.depth, self.seed):
+            raise ValueError(f"other must be a {self!r} like this one, got {other!r}")
+        for mine, theirs in zip(self.buffers(recurse=False), other.buffers(recurse=False), strict=True):
+            mine.add_(theirs.to(mine.device))
+
+    def all_reduce(self, group: dist.ProcessGroup | None = None) -> None:
+        """Add what every rank saw since the last call, so that all ranks answer for all; twice is once.
+
+        Call it on every rank after `update` and before the batch is read. Afterwards the counters are bit-identical on
+        all ranks, so one rank's checkpoint serves any number of ranks. A checkpoint taken between `update` and
+        `all_reduce` holds that rank's ``pending`` alone. Where every rank updates with the ids of the whole batch,
+        there is nothing to share, and this must not be called.
+
+        Args:
+            group: the ranks, always the same; None is the default group. Without a process group the rank is alone.
+        """
+        if group_size(group) > 1:
+            dist.all_reduce(self.pending, group=group)
+            dist.all_reduce(self.pending_total, group=group)
+        self.synced.add_(self.pending)
+        self.synced_total.add_(self.pending_total)
+        self.pending.zero_()
+        self.pending_total.zero_()
+
+    def get_extra_state(self) -> Tensor:
+        """Save the shape and the seed beside the counters."""
+        return torch.tensor([self.width, self.depth, self.seed], device="cpu")
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Refuse counters of another shape or seed, whose answers would be nonsense."""
+        width, depth, seed = state.tolist()
+        if (width, depth, seed) != (self.width, self.depth, self.seed):
+            got = f"width={width}, depth={depth}, seed={seed}"
+            raise ValueError(f"state_dict must be of a {self!r}, got one of {got}")
+
+    def extra_repr(self) -> str:
+        """Name the shape and the seed."""
+        return f"width={self.width}, depth={self.depth}, seed={self.seed}"
+
+    def _buckets(self, ids: Tensor) -> Iterator[Tensor]:
+        """Yield each row's counters, (N,): floor(u x width / 2**32) of a 32-bit hash u; one product serves two rows."""
+        mixed = _mix(ids, self._offset)
+        for row in range(self.depth):
+            if row % 2 == 0:
+                product = mixed * self._multipliers[row // 2]
+                hashed = (product >> 32).bitwise_and_(_LOW_32)
+            else:
+                hashed = product.bitwise_and_(_LOW_32)
+            yield hashed.mul_(self.width).bitwise_right_shift_(32)
+
+    def _check_counts(self, ids: Tensor, counts: Tensor | None) -> None:
+        added = float(ids.numel())
+        if counts is not None and counts.numel():
+            lowest, highest = counts.min().item(), counts.max().item()
+            if not (lowest >= 0 and highest < math.inf):
+                raise ValueError(f"counts must be finite and at least 0, got values from {lowest} to {highest}")
+            added = float(counts.double().sum())
+        if float(self.total) + added > _MOST_SIGHTINGS:
+            raise ValueError(
+                f"counts must keep the total at 2**46 or below, got {added:g} more for {float(self.total):g}"
+            )
+
+
+def _fixed_point(counts: Tensor) -> Tensor:
+    """Sightings as multiples of 2**-16, rounded up."""
+    if counts.is_floating_point():
+        return (counts.double() * _SIGHTING).ceil().to(torch.int64)
+    return counts * _SIGHTING
+
+
+def _multiply_rounding_up(counters: Tensor, factor: float) -> Tensor:
+    """Exactly ceil(counters x factor) for counters in [0, 2**62], factor in [0, 1] rounded up to a multiple of 2**-62.
+
+    Long multiplication in 31-bit digits: no intermediate value passes 2**63 - 1.
+    """
+    digit = (1 << 31) - 1
+    scaled = math.ceil(factor * 2.0**62)  # a power of two: the product is exact
+    high_factor, low_factor = scaled >> 31, scaled & digit
+    high, low = counters >> 31, counters & digit
+    carry = (low * low_factor + digit) >> 31
+    middle = high * low_factor + low * high_factor + carry
+    return high * high_factor + ((middle + digit) >> 31)
+
+
+def _mix(ids: Tensor, offset: int) -> Tensor:
+    """Scramble 64 bits one to one, like the first half of splitmix64's finaliser."""
+    x = ids + offset
+    x = x ^ ((x >> 32) & _LOW_32)
+    x.mul_(_signed(_FIRST))
+    return x.bitwise_xor_((x >> 29).bitwise_and_((1 << 35) - 1))
+
+
+def _splitmix(seed: int, index: int) -> int:
+    """The index-th number of splitmix64 from this seed, in [0, 2**64)."""
+    x = (seed + (index + 1) * _GOLDEN) % (1 << 64)
+    x = (x ^ (x >> 30)) * _FIRST % (1 << 64)
+    x = (x ^ (x >> 27)) * _SECOND % (1 << 64)
+    return x ^ (x >> 31)
+
+
+def _signed(x: int) -> int:
+    """The int64 with the bits of x."""
+    return x - (1 << 64) if x >= 1 << 63 else x
+
+
+def _count_distinct(batches: Iterable[Tensor]) -> float:
+    """About how many different ids there are: registers filled in vectors, read by datasketch's HyperLogLog++."""
+    datasketch = _checks.optional("datasketch", "pip install 'recblocks[sketch]'")
+    registers = torch.zeros(1 << _PRECISION, dtype=torch.int64)
+    for ids in batches:
+        _checks.integers("batches", ids)
+        hashed = _mix(_mix(ids.flatten().cpu(), 1), 2)
+        rest = (hashed >> _PRECISION) & ((1 << (64 - _PRECISION)) - 1)
+        bit_length = torch.frexp(rest.double()).exponent  # exact, for rest < 2**53
+        rank = (64 - _PRECISION + 1) - bit_length.to(torch.int64)
+        registers.scatter_reduce_(0, hashed & ((1 << _PRECISION) - 1), rank, "amax")
+    return float(datasketch.HyperLogLogPlusPlus(reg=registers.to(torch.int8).numpy()).count())
