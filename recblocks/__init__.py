@@ -9,6 +9,7 @@ from recblocks.evaluation.ranking import (
     reciprocal_rank_per_user,
 )
 from recblocks.evaluation.retrieval import TopK, positive_ranks, recall_at_k, retrieval_ranks, retrieve, top_k
+from recblocks.features.action import ActionEncoder, KeptActions, drop_out_of_vocabulary
 from recblocks.features.time import (
     PINNERFORMER_PERIODS,
     LogPeriodicTimeEncoder,
@@ -25,12 +26,15 @@ __version__ = "0.1.0.dev0"
 
 __all__ = [
     "PINNERFORMER_PERIODS",
+    "ActionEncoder",
     "CountMinSketch",
+    "KeptActions",
     "LogPeriodicTimeEncoder",
     "PerUser",
     "Timelines",
     "TimelinesWriter",
     "TopK",
+    "drop_out_of_vocabulary",
     "gap_to_next_older",
     "hit_rate_per_user",
     "log_periodic_features",

@@ -192,3 +192,76 @@ def unit(x):
 def item_vector(x, w1, b1, w2, b2):
     """PinnerFormer 3.2: the MLP, then the L2 norm."""
     return unit(affine(w2, b2, [gelu(a) for a in affine(w1, b1, x)]))
+
+
+def possible_anchors(times, until):
+    """Places of one user's newest-first times: the newest action of each event that has a later one up to until."""
+    kept = [at for at, time in enumerate(times) if until is None or time <= until]
+    return [at for at in kept if (at == kept[0] or times[at - 1] != times[at]) and any(times[j] > times[at] for j in kept)]
+
+
+def next_event(times, at, until):
+    """Places of the actions of the first event later than place ``at``; empty if there is none up to until."""
+    later = [time for time in times if time > times[at] and (until is None or time <= until)]
+    return [j for j, time in enumerate(times) if later and time == min(later)]
+
+
+def window_positives(times, positive, at, window, until):
+    """Places of the positives in (t, t + window], none after until."""
+    return [
+        j
+        for j, time in enumerate(times)
+        if positive[j] and times[at] < time <= times[at] + window and (until is None or time <= until)
+    ]
+
+
+def input_slots(times, anchor, max_len):
+    """The places of a sequence's slots, newest first."""
+    return list(range(anchor, min(anchor + max_len, len(times))))
+
+
+# --- diversity and the bootstrap ---
+
+
+def interest_entropy_at_k(lists, topics, k):
+    entropies = []
+    for one in lists:
+        found = [topics[item] for item in one[:k]]
+        shares = [found.count(topic) / len(found) for topic in set(found)]
+        entropies.append(-sum(share * math.log(share) for share in shares))
+    return sum(entropies) / len(entropies)
+
+
+def coverage_at_k(lists, num_items, k, percent):
+    """percent is a whole number, so every comparison is exact."""
+    shown = [item for one in lists for item in one[:k]]
+    counts = sorted((shown.count(item) for item in set(shown)), reverse=True)
+    used = 0
+    while 100 * sum(counts[:used]) < percent * len(shown):
+        used += 1
+    return used / num_items
+
+
+def mean_over_columns(values, present, drawn):
+    """Mean over columns of the mean over the drawn users that have a value there."""
+    means = []
+    for column in range(len(values[0])):
+        there = [values[user][column] for user in drawn if present[user][column]]
+        if there:
+            means.append(sum(there) / len(there))
+    return sum(means) / len(means)
+
+
+# --- negatives ---
+
+
+def mixed_log_q(count, total, num_in_batch, num_random, num_candidates, correct_positive):
+    """One item; sums over the columns of the pool, each drawn from its own source."""
+    chance = 0.0
+    for _ in range(num_in_batch):
+        chance += max(count, 1) / total
+    for _ in range(num_random):
+        chance += 1 / num_candidates
+    if correct_positive:
+        chance /= num_in_batch + num_random
+    return math.log(chance)
