@@ -10,6 +10,7 @@ from recblocks.evaluation.ranking import (
 )
 from recblocks.evaluation.retrieval import TopK, positive_ranks, recall_at_k, retrieval_ranks, retrieve, top_k
 from recblocks.features.action import ActionEncoder, KeptActions, drop_out_of_vocabulary
+from recblocks.features.item import ItemEncoder
 from recblocks.features.time import (
     PINNERFORMER_PERIODS,
     LogPeriodicTimeEncoder,
@@ -28,6 +29,7 @@ __all__ = [
     "PINNERFORMER_PERIODS",
     "ActionEncoder",
     "CountMinSketch",
+    "ItemEncoder",
     "KeptActions",
     "LogPeriodicTimeEncoder",
     "PerUser",
