@@ -19,6 +19,10 @@ from recblocks.features.time import (
     log_spaced_periods,
     time_since_latest,
 )
+from recblocks.kernels.own_positives import own_positive_mask
+from recblocks.losses.sampled_softmax import sampled_softmax_loss
+from recblocks.losses.temperature import LearnedTemperature
+from recblocks.losses.weights import equal_user_weights, rank_weights
 from recblocks.sketch import CountMinSketch
 from recblocks.timelines.storage import TimelinesWriter
 from recblocks.timelines.timeline import Timelines, write_timelines
@@ -31,23 +35,28 @@ __all__ = [
     "CountMinSketch",
     "ItemEncoder",
     "KeptActions",
+    "LearnedTemperature",
     "LogPeriodicTimeEncoder",
     "PerUser",
     "Timelines",
     "TimelinesWriter",
     "TopK",
     "drop_out_of_vocabulary",
+    "equal_user_weights",
     "gap_to_next_older",
     "hit_rate_per_user",
     "log_periodic_features",
     "log_spaced_periods",
     "ndcg_per_user",
+    "own_positive_mask",
     "positive_ranks",
+    "rank_weights",
     "recall_at_k",
     "recall_per_user",
     "reciprocal_rank_per_user",
     "retrieval_ranks",
     "retrieve",
+    "sampled_softmax_loss",
     "time_since_latest",
     "top_k",
     "unique_pairs",

@@ -1,0 +1,326 @@
+"""Sampled softmax a few rows at a time: the logits of one tile stay in cache and rows x columns never exist.
+
+A tile of rows meets every column, so its log-sum-exp is final at once, and the tile, turned into probabilities in
+place, gives its share of every gradient before the next one overwrites it: three matrix products in all. That needs the
+loss's derivative by each row's log-sum-exp during the sweep. The weighted sum of the pairs' losses knows it, so
+`sum_of_losses` makes the gradients in its forward. Losses returned one by one do not, so the backward of `log_sum_exp`
+sweeps again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from recblocks import _checks
+from recblocks.kernels.own_positives import OwnPositives, owned_by_every_row
+
+# One tile of logits: large enough for the matrix products, small enough to stay in a CPU's last-level cache.
+_TILE_BYTES = 16 * 2**20
+_MIN_ROWS = 16
+
+# Of every row's log-sum-exp so far (U,) and the rows of one tile: the loss's derivative by those rows' log-sum-exp.
+Upstream = Callable[[Tensor, slice], Tensor]
+
+
+class Pool(NamedTuple):
+    """The columns: their embeddings and biases, and for which rows they are masked."""
+
+    negatives: Tensor
+    bias: Tensor | None
+    masked: Tensor | None
+    own: list[Tensor]  # the four id vectors of `own_positive_mask`, or empty
+    present: Tensor | None  # (U,) bool: the other rows count for nothing; None is all of them
+
+
+class Wanted(NamedTuple):
+    """Which gradients are asked for; the temperature's comes with the queries'."""
+
+    queries: bool
+    negatives: bool
+    bias: bool
+
+
+def sweep(
+    queries: Tensor, pool: Pool, inverse_temperature: Tensor, upstream: Upstream | None, wanted: Wanted
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Go once over all rows.
+
+    Returns:
+        log-sum-exp (U,), -inf where every column is masked; then the gradients of queries (U, D), negatives (N, D),
+        bias (N,) and inverse temperature (), each an empty tensor where it is not wanted.
+    """
+    num_rows, num_columns = queries.shape[0], pool.negatives.shape[0]
+    log_sum_exp = queries.new_full((num_rows,), -torch.inf)
+    grad_queries = torch.zeros_like(queries) if wanted.queries else queries.new_empty(0)
+    grad_negatives = torch.zeros_like(pool.negatives) if wanted.negatives else queries.new_empty(0)
+    grad_bias = queries.new_zeros(num_columns) if wanted.bias else queries.new_empty(0)
+    grad_inverse = queries.new_zeros(() if wanted.queries else 0)
+    if num_rows == 0 or num_columns == 0:
+        return log_sum_exp, grad_queries, grad_negatives, grad_bias, grad_inverse
+
+    pool = clear_unused(pool)
+    negatives = pool.negatives
+    own = OwnPositives(*pool.own) if pool.own else None
+    rows = min(num_rows, max(_MIN_ROWS, _TILE_BYTES // (num_columns * queries.element_size())))
+    buffer = queries.new_empty(rows, num_columns)
+    with torch.autocast(queries.device.type, enabled=False):
+        for start in range(0, num_rows, rows):
+            chunk = slice(start, min(start + rows, num_rows))
+            tile = buffer[: chunk.stop - start]
+            scaled = queries[chunk] * inverse_temperature
+            if pool.bias is None:
+                torch.mm(scaled, negatives.t(), out=tile)
+            else:
+                torch.addmm(pool.bias, scaled, negatives.t(), out=tile)
+            if pool.masked is not None:
+                tile.masked_fill_(pool.masked[chunk], -torch.inf)
+            if own is not None:
+                own.fill_(tile, start, -torch.inf)
+            log_sum_exp[chunk] = _softmax_(tile)
+            if upstream is None:
+                continue
+            slope = upstream(log_sum_exp, chunk)[:, None]
+            if wanted.queries:
+                grad = torch.mm(tile, negatives, out=grad_queries[chunk]).mul_(slope * inverse_temperature)
+                grad_inverse += (queries[chunk] * grad).sum() / inverse_temperature
+            if wanted.negatives:
+                grad_negatives.addmm_(tile.t(), scaled.mul_(slope))
+            if wanted.bias:
+                grad_bias.addmv_(tile.t(), slope[:, 0])
+    return log_sum_exp, grad_queries, grad_negatives, grad_bias, grad_inverse
+
+
+def _softmax_(tile: Tensor) -> Tensor:
+    """Turn logits into probabilities in place and return each row's log-sum-exp; a row of -inf stays finite."""
+    peak = tile.amax(1)
+    empty = peak == -torch.inf
+    if not _checks.readable(tile) or empty.any():
+        tile.masked_fill_(empty[:, None], 0)
+    torch.softmax(tile, 1, out=tile)
+    return torch.where(empty, -torch.inf, peak - tile.amax(1).log())
+
+
+def unused_columns(masked: Tensor | None, own: list[Tensor], present: Tensor | None) -> Tensor:
+    """(N,) bool, the columns that are masked for every present row; none where nothing masks."""
+    if own:
+        return owned_by_every_row(own[0], own[1], own[2], own[3], present)
+    if masked is None:
+        return torch.zeros((), dtype=torch.bool)
+    return (masked if present is None else masked | ~present[:, None]).all(0)
+
+
+def clear_unused(pool: Pool) -> Pool:
+    """Zeros in unused columns, because a probability of 0 times NaN is NaN."""
+    if pool.masked is None and not pool.own:
+        return pool
+    if _checks.readable(pool.negatives) and _finite(pool.negatives) and _finite(pool.bias):
+        return pool
+    unused = unused_columns(pool.masked, pool.own, pool.present)
+    negatives = pool.negatives.masked_fill(unused[:, None], 0)
+    return pool._replace(negatives=negatives, bias=None if pool.bias is None else pool.bias.masked_fill(unused, 0))
+
+
+def _finite(x: Tensor | None) -> bool:
+    return x is None or bool(x.sum().isfinite())
+
+
+def _pair_slopes(log_sum_exp: Tensor, positive_logits: Tensor, weights: Tensor, pair_queries: Tensor | None) -> Tensor:
+    """The derivative of each weighted pair loss by its row's L."""
+    return weights * torch.sigmoid(_of_pairs(log_sum_exp, pair_queries) - positive_logits)
+
+
+def _pair_losses(log_sum_exp: Tensor, positive_logits: Tensor, pair_queries: Tensor | None) -> Tensor:
+    """softplus(L - s), exact in both tails."""
+    return -F.logsigmoid(positive_logits - _of_pairs(log_sum_exp, pair_queries))
+
+
+def _of_pairs(log_sum_exp: Tensor, pair_queries: Tensor | None) -> Tensor:
+    return log_sum_exp if pair_queries is None else log_sum_exp.index_select(0, pair_queries)
+
+
+def sum_of_losses(
+    queries: Tensor,
+    pool: Pool,
+    inverse_temperature: Tensor,
+    positive_logits: Tensor,
+    weights: Tensor,
+    pair_queries: Tensor | None,
+) -> Tensor:
+    """Sum over pairs of w softplus(L - s), differentiable once.
+
+    Args:
+        queries: (U, D), and all that follows of the same dtype, float32 or float64.
+        pool: the columns and their masks.
+        inverse_temperature: () 1/τ.
+        positive_logits: (R,) s of each pair.
+        weights: (R,) at least 0.
+        pair_queries: (R,) the query row of each pair; None: pair r is of row r.
+    """
+    gradients = torch.is_grad_enabled()
+    wanted = [
+        gradients and (queries.requires_grad or inverse_temperature.requires_grad),
+        gradients and pool.negatives.requires_grad,
+        gradients and pool.bias is not None and pool.bias.requires_grad,
+    ]
+    total: Tensor = _weighted_sum(
+        queries, *pool[:2], inverse_temperature, positive_logits, weights, pair_queries, *pool[2:], wanted
+    )[0]
+    return total
+
+
+def log_sum_exp(queries: Tensor, pool: Pool, inverse_temperature: Tensor) -> Tensor:
+    """Each row's L (U,), -inf where every column is masked, differentiable once."""
+    result: Tensor = _log_sum_exp(queries, *pool[:2], inverse_temperature, *pool[2:])
+    return result
+
+
+_TWICE = "the chunked sampled softmax has no second derivative; take backend='reference' for it"
+
+
+@torch.library.custom_op("recblocks::sampled_softmax_weighted_sum", mutates_args=())
+def _weighted_sum(
+    queries: Tensor,
+    negatives: Tensor,
+    bias: Tensor | None,
+    inverse_temperature: Tensor,
+    positive_logits: Tensor,
+    weights: Tensor,
+    pair_queries: Tensor | None,
+    masked: Tensor | None,
+    own: list[Tensor],
+    present: Tensor | None,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Sum of w softplus(L - s), then what `sweep` returns: each row's L and the gradients of the sum."""
+
+    def upstream(log_sum_exp: Tensor, chunk: slice) -> Tensor:
+        if pair_queries is None:
+            return _pair_slopes(log_sum_exp[chunk], positive_logits[chunk], weights[chunk], None)
+        # Rows of later tiles still have L = -inf and so a slope of 0.
+        slopes = _pair_slopes(log_sum_exp, positive_logits, weights, pair_queries)
+        return torch.zeros_like(log_sum_exp).index_add_(0, pair_queries, slopes)[chunk]
+
+    pool = Pool(negatives, bias, masked, own, present)
+    swept = sweep(queries, pool, inverse_temperature, upstream if any(wanted) else None, Wanted(*wanted))
+    return (weights * _pair_losses(swept[0], positive_logits, pair_queries)).sum(), *swept
+
+
+@_weighted_sum.register_fake
+def _(queries: Tensor, negatives: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    log_sum_exp = queries.new_empty(queries.shape[0])
+    return queries.new_empty(()), log_sum_exp, *_empty_gradients(queries, negatives, Wanted(*others[-1]))
+
+
+def _empty_gradients(queries: Tensor, negatives: Tensor, wanted: Wanted) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (
+        torch.empty_like(queries) if wanted.queries else queries.new_empty(0),
+        torch.empty_like(negatives) if wanted.negatives else queries.new_empty(0),
+        queries.new_empty(negatives.shape[0]) if wanted.bias else queries.new_empty(0),
+        queries.new_empty(() if wanted.queries else 0),
+    )
+
+
+def _setup_weighted_sum(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.wanted, ctx.num_own = Wanted(*inputs[-1]), len(inputs[-3])
+    ctx.save_for_backward(*output[1:], *inputs[4:7])
+
+
+def _backward_weighted_sum(
+    ctx: Any, grad: Tensor | None, *of_gradients: Tensor | None
+) -> tuple[Tensor | list[None] | None, ...]:
+    if grad is None or any(one is not None for one in of_gradients):
+        raise RuntimeError(_TWICE)
+    log_sum_exp, queries, negatives, bias, inverse, positive_logits, weights, pair_queries = ctx.saved_tensors
+    wanted, needed = ctx.wanted, ctx.needs_input_grad
+    slopes = _pair_slopes(log_sum_exp, positive_logits, weights, pair_queries)
+    losses = _pair_losses(log_sum_exp, positive_logits, pair_queries)
+    return (
+        grad * queries if needed[0] else None,
+        grad * negatives if wanted.negatives else None,
+        grad * bias if wanted.bias else None,
+        grad * inverse if needed[3] else None,
+        -grad * slopes if needed[4] else None,
+        grad * losses.masked_fill(weights == 0, 0) if needed[5] else None,
+        None,
+        None,
+        [None] * ctx.num_own,
+        None,
+        None,
+    )
+
+
+_weighted_sum.register_autograd(_backward_weighted_sum, setup_context=_setup_weighted_sum)
+
+
+@torch.library.custom_op("recblocks::sampled_softmax_log_sum_exp", mutates_args=())
+def _log_sum_exp(
+    queries: Tensor,
+    negatives: Tensor,
+    bias: Tensor | None,
+    inverse_temperature: Tensor,
+    masked: Tensor | None,
+    own: list[Tensor],
+    present: Tensor | None,
+) -> Tensor:
+    """Each row's L."""
+    pool = Pool(negatives, bias, masked, own, present)
+    return sweep(queries, pool, inverse_temperature, None, Wanted(False, False, False))[0]
+
+
+@_log_sum_exp.register_fake
+def _(queries: Tensor, *_: Any) -> Tensor:
+    return queries.new_empty(queries.shape[0])
+
+
+@torch.library.custom_op("recblocks::sampled_softmax_log_sum_exp_backward", mutates_args=())
+def _log_sum_exp_backward(
+    slopes: Tensor,
+    queries: Tensor,
+    negatives: Tensor,
+    bias: Tensor | None,
+    inverse_temperature: Tensor,
+    masked: Tensor | None,
+    own: list[Tensor],
+    present: Tensor | None,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of the sum of slopes * L, in the order of `sweep`."""
+    pool = Pool(negatives, bias, masked, own, present)
+    return sweep(queries, pool, inverse_temperature, lambda _, chunk: slopes[chunk], Wanted(*wanted))[1:]
+
+
+@_log_sum_exp_backward.register_fake
+def _(_: Tensor, queries: Tensor, negatives: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _empty_gradients(queries, negatives, Wanted(*others[-1]))
+
+
+def _setup_log_sum_exp(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
+    queries, negatives, bias, inverse, masked, own, present = inputs
+    ctx.save_for_backward(queries, negatives, bias, inverse, masked, present, *own)
+
+
+def _backward_log_sum_exp(ctx: Any, slopes: Tensor) -> tuple[Tensor | list[None] | None, ...]:
+    queries, negatives, bias, inverse, masked, present, *own = ctx.saved_tensors
+    needed = ctx.needs_input_grad
+    wanted = [needed[0] or needed[3], needed[1], needed[2]]
+    grads = _log_sum_exp_backward(slopes, queries, negatives, bias, inverse, masked, own, present, wanted)
+    return (
+        *[grad if need else None for grad, need in zip(grads, needed[:4], strict=True)],
+        None,
+        [None] * len(own),
+        None,
+    )
+
+
+def _refuse(*_: Any) -> None:
+    raise RuntimeError(_TWICE)
+
+
+_log_sum_exp.register_autograd(_backward_log_sum_exp, setup_context=_setup_log_sum_exp)
+_log_sum_exp_backward.register_autograd(_refuse)

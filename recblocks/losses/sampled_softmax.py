@@ -1,0 +1,256 @@
+"""Sampled softmax with logQ correction over a shared pool of negatives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from recblocks import _checks
+from recblocks.kernels import dispatch
+from recblocks.kernels.own_positives import check_own, own_positive_mask
+from recblocks.kernels.sampled_softmax import chunked
+
+Own = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def sampled_softmax_loss(
+    queries: Tensor,
+    positives: Tensor,
+    negatives: Tensor,
+    *,
+    log_q_positives: Tensor | None = None,
+    log_q_negatives: Tensor | None = None,
+    masked: Tensor | None = None,
+    own: Own | None = None,
+    temperature: float | Tensor = 1.0,
+    weights: Tensor | None = None,
+    pair_queries: Tensor | None = None,
+    correct_positive: bool = True,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> Tensor:
+    r"""Cross entropy of each positive against the pool columns that its row may see.
+
+    ``l_r = softplus(L_r - s_r)``, ``s_r = <u_r, p_r> / τ - log q(p_r)`` and
+    ``L_r = log Σ_c exp(<u_r, n_c> / τ - log q(n_c))`` over the columns c that are not masked for row r, which is
+    ``-log softmax`` of the positive among itself and those columns.
+
+    What is masked is absent, and so is a row of weight 0: it may hold NaN and changes neither loss nor gradient. A row
+    whose every column is masked has loss 0 and gradient 0. Logits are float32 (float64 where an embedding is), under
+    autocast too.
+
+    Args:
+        queries: (R, D) user embeddings, floating point. With ``pair_queries`` (U, D).
+        positives: (R, D) the embedding of each row's positive item.
+        negatives: (N, D) the pool. An item that stands in it twice counts twice.
+        log_q_positives: (R,) log of the probability that a pool column is this item. Both log q or neither.
+        log_q_negatives: (N,) the same of each column.
+        masked: (R, N) bool, True = the column is excluded for the row. With ``pair_queries`` (U, N). For small cases.
+        own: instead of ``masked`` the four id vectors of :func:`own_positive_mask`: ``row_users`` (R,) or, with
+            ``pair_queries``, (U,); ``column_items`` (N,); ``positive_users`` (P,); ``positive_items`` (P,).
+        temperature: τ > 0, a number or a tensor of shape (), such as what :class:`LearnedTemperature` returns.
+        weights: (R,) of each pair, at least 0; None is 1 each.
+        pair_queries: (R,) int64 in [0, U), the query row of each positive, in any order. P positives of one embedding
+            then cost one row instead of P. A query without a pair changes nothing.
+        correct_positive: False leaves the positive's logit as it is; ``log_q_positives`` is then not needed, and
+            ``log_q_negatives``, the log of an expected count, may exceed 0.
+        reduction: "none" gives the l_r (R,), 0 where the weight is 0; "sum" gives Σ w_r l_r; "mean" divides that by
+            Σ w_r, and is 0 where Σ w_r is.
+        backend: "reference" holds rows x columns and can be differentiated twice; "chunked" holds a few rows at a
+            time and cannot; "auto" takes "chunked" on a CPU and on CUDA.
+
+    Returns:
+        () or, for "none", (R,); float32, or float64 where an embedding is.
+
+    Raises:
+        TypeError: an argument is not a tensor of the dtype it takes.
+        ValueError: shapes disagree; both ``masked`` and ``own``, or one log q without the other; on a CPU also a
+            negative weight, a log q that is not finite or, with ``correct_positive``, exceeds 0, a ``pair_queries``
+            out of range, a temperature that is not above 0.
+        RuntimeError: the chunked backend is differentiated twice.
+
+    Example:
+        >>> import torch
+        >>> users, items = torch.tensor([1, 1, 2]), torch.tensor([10, 20, 30])
+        >>> u, p = torch.eye(3), torch.eye(3)
+        >>> loss = sampled_softmax_loss(u, p, p, own=(users, items, users, items), reduction="none")
+        >>> [round(value, 4) for value in loss.tolist()]  # log(1 + 1/e) where one column is left, log(1 + 2/e) for two
+        [0.3133, 0.3133, 0.5514]
+
+    Source: PinnerFormer, section 3.3, equation 2; masking as in A.3.
+
+    Note:
+        The paper averages with equal weight per user on each GPU; see :func:`equal_user_weights` for ours.
+    """
+    _checks.choice("reduction", reduction, ("none", "sum", "mean"))
+    backend = dispatch.resolve(backend, "chunked", queries.device)
+    _check_shapes(queries, positives, negatives, log_q_positives, log_q_negatives, masked, own, weights, pair_queries)
+    _check_log_q_given(log_q_positives, log_q_negatives, correct_positive)
+    _check_pairs(weights, pair_queries, len(queries))
+    present = _present(weights, pair_queries, queries)
+    masks = (masked, [] if own is None else list(own), present.rows)
+    if correct_positive:
+        _check_log_q("log_q_positives", log_q_positives, correct_positive, lambda: _absent(present.pairs))
+    else:
+        log_q_positives = None
+    _check_log_q("log_q_negatives", log_q_negatives, correct_positive, lambda: chunked.unused_columns(*masks))
+
+    dtype = torch.promote_types(torch.promote_types(queries.dtype, positives.dtype), negatives.dtype)
+    dtype = torch.promote_types(dtype, torch.float32)
+    with torch.autocast(queries.device.type, enabled=False):
+        queries, positives = _clear(queries.to(dtype), present.rows), _clear(positives.to(dtype), present.pairs)
+        inverse_temperature = _inverse(temperature, queries)
+        paired = queries if pair_queries is None else queries.index_select(0, pair_queries)
+        positive_logits = (paired * positives).sum(1) * inverse_temperature
+        if log_q_positives is not None:
+            positive_logits = positive_logits - _clear(log_q_positives.to(dtype), present.pairs)
+        bias = None if log_q_negatives is None else -log_q_negatives.to(dtype)
+        pool = chunked.Pool(negatives.to(dtype), bias, *masks)
+        weights = torch.ones_like(positive_logits) if weights is None else weights.to(dtype)
+
+        if backend == "chunked" and reduction != "none":
+            total = chunked.sum_of_losses(queries, pool, inverse_temperature, positive_logits, weights, pair_queries)
+        else:
+            per_row = chunked.log_sum_exp if backend == "chunked" else _log_sum_exp
+            log_sum_exp = per_row(queries, pool, inverse_temperature)
+            if pair_queries is not None:
+                log_sum_exp = log_sum_exp.index_select(0, pair_queries)
+            losses = _clear(-F.logsigmoid(positive_logits - log_sum_exp), present.pairs)
+            if reduction == "none":
+                return losses
+            total = (weights * losses).sum()
+        if reduction == "sum":
+            return total
+        weight = weights.sum()
+        return total / torch.where(weight == 0, 1, weight)
+
+
+def _log_sum_exp(queries: Tensor, pool: chunked.Pool, inverse_temperature: Tensor) -> Tensor:
+    """The reference: all logits at once, (U,) -inf where every column is masked."""
+    negatives, bias, masked, own, _ = chunked.clear_unused(pool)
+    logits = (queries * inverse_temperature) @ negatives.t()
+    if bias is not None:
+        logits = logits + bias
+    if own:
+        masked = own_positive_mask(own[0], own[1], own[2], own[3])
+    if masked is None:
+        return torch.logsumexp(logits, dim=1)
+    # The gradient of a row of nothing but -inf is NaN: its logits stay, and its result is replaced.
+    empty = masked.all(1)
+    logits = logits.masked_fill_(masked & ~empty[:, None], -torch.inf)
+    return torch.logsumexp(logits, dim=1).masked_fill(empty, -torch.inf)
+
+
+class _Present(NamedTuple):
+    """Which rows count for anything: pairs of weight above 0, and query rows with such a pair; None is all."""
+
+    pairs: Tensor | None
+    rows: Tensor | None
+
+
+def _present(weights: Tensor | None, pair_queries: Tensor | None, queries: Tensor) -> _Present:
+    pairs = None if weights is None else weights != 0
+    rows = pairs
+    if pair_queries is not None:
+        ones = torch.ones_like(pair_queries) if pairs is None else pairs.long()
+        rows = torch.zeros(len(queries), dtype=torch.int64, device=queries.device).index_add_(0, pair_queries, ones) > 0
+    return _Present(_unless_all(pairs), _unless_all(rows))
+
+
+def _unless_all(present: Tensor | None) -> Tensor | None:
+    """None where it is known that all are present, which saves a copy of what they mask."""
+    return None if present is None or (_checks.readable(present) and present.all()) else present
+
+
+def _absent(present: Tensor | None) -> Tensor:
+    return torch.zeros((), dtype=torch.bool) if present is None else ~present
+
+
+def _clear(x: Tensor, present: Tensor | None) -> Tensor:
+    """Zeros in place of absent rows, so that NaN there meets no product."""
+    if present is None:
+        return x
+    return x.masked_fill(~present.view(-1, *[1] * (x.ndim - 1)), 0)
+
+
+def _inverse(temperature: float | Tensor, like: Tensor) -> Tensor:
+    if not isinstance(temperature, Tensor):
+        _checks.number("temperature", temperature, above=0)
+        return torch.full((), 1 / temperature, dtype=like.dtype, device=like.device)
+    _checks.floating("temperature", temperature)
+    if temperature.ndim != 0:
+        raise ValueError(f"temperature must be a number or have shape (), got {_checks.describe(temperature)}")
+    if _checks.readable(temperature) and not 0 < temperature < torch.inf:
+        raise ValueError(f"temperature must be finite and above 0, got {temperature.item()!r}")
+    return temperature.to(like).reciprocal()
+
+
+def _check_shapes(
+    queries: Tensor,
+    positives: Tensor,
+    negatives: Tensor,
+    log_q_positives: Tensor | None,
+    log_q_negatives: Tensor | None,
+    masked: Tensor | None,
+    own: Own | None,
+    weights: Tensor | None,
+    pair_queries: Tensor | None,
+) -> None:
+    _checks.floating("queries", queries, None, None)
+    num_rows, dim = queries.shape
+    _checks.floating("positives", positives, num_rows if pair_queries is None else None, dim)
+    num_pairs = len(positives)
+    _checks.floating("negatives", negatives, None, dim)
+    num_columns = len(negatives)
+    if log_q_positives is not None:
+        _checks.floating("log_q_positives", log_q_positives, num_pairs)
+    if log_q_negatives is not None:
+        _checks.floating("log_q_negatives", log_q_negatives, num_columns)
+    if masked is not None and own is not None:
+        raise ValueError("masked and own were both given; give one of them")
+    if masked is not None:
+        _checks.mask("masked", masked, num_rows, num_columns)
+    if own is not None:
+        if len(own) != 4:
+            raise ValueError(f"own must be (row_users, column_items, positive_users, positive_items), got {len(own)}")
+        check_own(own, num_rows=num_rows, num_columns=num_columns)
+    if weights is not None:
+        _checks.floating("weights", weights, num_pairs)
+    if pair_queries is not None:
+        _checks.integers("pair_queries", pair_queries, num_pairs)
+
+
+def _check_pairs(weights: Tensor | None, pair_queries: Tensor | None, num_rows: int) -> None:
+    if weights is not None and _checks.readable(weights):
+        bad = ~((weights >= 0) & weights.isfinite())
+        if bad.any():
+            raise ValueError(f"weights must be finite and at least 0, got {weights[bad][0].item()!r}")
+    if pair_queries is not None and _checks.readable(pair_queries):
+        bad = (pair_queries < 0) | (pair_queries >= num_rows)
+        if bad.any():
+            raise ValueError(f"pair_queries must be at least 0 and below {num_rows}, got {pair_queries[bad][0].item()}")
+
+
+def _check_log_q(name: str, log_q: Tensor | None, normalised: bool, absent: Callable[[], Tensor]) -> None:
+    """Require finite log probabilities; only a bad one costs a look at what is absent and may hold anything."""
+    if log_q is None or not _checks.readable(log_q):
+        return
+    bad = ~log_q.isfinite()
+    if normalised:
+        bad |= log_q > 0
+    if bad.any():
+        bad &= ~absent()
+        if bad.any():
+            wanted = "finite and at most 0" if normalised else "finite"
+            raise ValueError(f"{name} must be {wanted}, got {log_q[bad][0].item()!r}")
+
+
+def _check_log_q_given(positives: Tensor | None, negatives: Tensor | None, correct_positive: bool) -> None:
+    if negatives is None and positives is not None:
+        raise ValueError("log_q_positives was given without log_q_negatives; give both, or neither")
+    if correct_positive and positives is None and negatives is not None:
+        raise ValueError("log_q_negatives was given without log_q_positives; give both, or correct_positive=False")
