@@ -23,7 +23,12 @@ from recblocks.kernels.own_positives import own_positive_mask
 from recblocks.losses.sampled_softmax import sampled_softmax_loss
 from recblocks.losses.temperature import LearnedTemperature
 from recblocks.losses.weights import equal_user_weights, rank_weights
+from recblocks.negatives.gather import gather_rows
+from recblocks.negatives.log_q import mixed_log_q
+from recblocks.negatives.pool import NegativePool, mixed_negative_pool
 from recblocks.sketch import CountMinSketch
+from recblocks.timelines.examples import Anchors, Examples, drop_rows_without_pairs, sample_anchors
+from recblocks.timelines.objectives import all_action, dense_all_action, dense_all_positives, next_action, sasrec
 from recblocks.timelines.storage import TimelinesWriter
 from recblocks.timelines.timeline import Timelines, write_timelines
 
@@ -32,22 +37,33 @@ __version__ = "0.1.0.dev0"
 __all__ = [
     "PINNERFORMER_PERIODS",
     "ActionEncoder",
+    "Anchors",
     "CountMinSketch",
+    "Examples",
     "ItemEncoder",
     "KeptActions",
     "LearnedTemperature",
     "LogPeriodicTimeEncoder",
+    "NegativePool",
     "PerUser",
     "Timelines",
     "TimelinesWriter",
     "TopK",
+    "all_action",
+    "dense_all_action",
+    "dense_all_positives",
     "drop_out_of_vocabulary",
+    "drop_rows_without_pairs",
     "equal_user_weights",
     "gap_to_next_older",
+    "gather_rows",
     "hit_rate_per_user",
     "log_periodic_features",
     "log_spaced_periods",
+    "mixed_log_q",
+    "mixed_negative_pool",
     "ndcg_per_user",
+    "next_action",
     "own_positive_mask",
     "positive_ranks",
     "rank_weights",
@@ -56,7 +72,9 @@ __all__ = [
     "reciprocal_rank_per_user",
     "retrieval_ranks",
     "retrieve",
+    "sample_anchors",
     "sampled_softmax_loss",
+    "sasrec",
     "time_since_latest",
     "top_k",
     "unique_pairs",

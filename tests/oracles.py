@@ -197,7 +197,8 @@ def item_vector(x, w1, b1, w2, b2):
 def possible_anchors(times, until):
     """Places of one user's newest-first times: the newest action of each event that has a later one up to until."""
     kept = [at for at, time in enumerate(times) if until is None or time <= until]
-    return [at for at in kept if (at == kept[0] or times[at - 1] != times[at]) and any(times[j] > times[at] for j in kept)]
+    begins = [at for at in kept if at == kept[0] or times[at - 1] != times[at]]
+    return [at for at in begins if any(times[j] > times[at] for j in kept)]
 
 
 def next_event(times, at, until):
