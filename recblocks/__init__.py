@@ -1,6 +1,7 @@
 """Building blocks for recommender models; each works alone."""
 
 from recblocks.evaluation._pairs import unique_pairs
+from recblocks.evaluation.diversity import coverage_at_k, interest_entropy_at_k
 from recblocks.evaluation.ranking import (
     PerUser,
     hit_rate_per_user,
@@ -9,6 +10,8 @@ from recblocks.evaluation.ranking import (
     reciprocal_rank_per_user,
 )
 from recblocks.evaluation.retrieval import TopK, positive_ranks, recall_at_k, retrieval_ranks, retrieve, top_k
+from recblocks.evaluation.several_embeddings import closest_embedding, round_robin
+from recblocks.evaluation.statistics import Interval, bootstrap_mean, paired_bootstrap
 from recblocks.features.action import ActionEncoder, KeptActions, drop_out_of_vocabulary
 from recblocks.features.item import ItemEncoder
 from recblocks.features.time import (
@@ -40,6 +43,7 @@ __all__ = [
     "Anchors",
     "CountMinSketch",
     "Examples",
+    "Interval",
     "ItemEncoder",
     "KeptActions",
     "LearnedTemperature",
@@ -50,6 +54,9 @@ __all__ = [
     "TimelinesWriter",
     "TopK",
     "all_action",
+    "bootstrap_mean",
+    "closest_embedding",
+    "coverage_at_k",
     "dense_all_action",
     "dense_all_positives",
     "drop_out_of_vocabulary",
@@ -58,6 +65,7 @@ __all__ = [
     "gap_to_next_older",
     "gather_rows",
     "hit_rate_per_user",
+    "interest_entropy_at_k",
     "log_periodic_features",
     "log_spaced_periods",
     "mixed_log_q",
@@ -65,6 +73,7 @@ __all__ = [
     "ndcg_per_user",
     "next_action",
     "own_positive_mask",
+    "paired_bootstrap",
     "positive_ranks",
     "rank_weights",
     "recall_at_k",
@@ -72,6 +81,7 @@ __all__ = [
     "reciprocal_rank_per_user",
     "retrieval_ranks",
     "retrieve",
+    "round_robin",
     "sample_anchors",
     "sampled_softmax_loss",
     "sasrec",

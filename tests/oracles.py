@@ -266,3 +266,52 @@ def mixed_log_q(count, total, num_in_batch, num_random, num_candidates, correct_
     if correct_positive:
         chance /= num_in_batch + num_random
     return math.log(chance)
+
+
+# --- the causal sequence encoder ---
+
+
+def layer_norm(weight, bias, x):
+    mean = sum(x) / len(x)
+    variance = sum((a - mean) ** 2 for a in x) / len(x)
+    return [w * (a - mean) / math.sqrt(variance + 1e-5) + b for w, b, a in zip(weight, bias, x, strict=True)]
+
+
+def causal_encoder_row(xs, valid, w, num_layers, num_heads):
+    """PinnerFormer A.2 for one newest-first row: each slot's unit vector, or None where invalid; w: weights by name."""
+    slots = [i for i in range(len(xs)) if valid[i]]
+    hidden = len(w["position"][0])
+    size = hidden // num_heads
+    v = {
+        i: [a + p for a, p in zip(affine(w["project.weight"], [0.0] * hidden, xs[i]), w["position"][i])] for i in slots
+    }
+    for layer in range(num_layers):
+
+        def part(name, x, kind=affine, layer=layer):
+            return kind(w[f"blocks.{layer}.{name}.weight"], w[f"blocks.{layer}.{name}.bias"], x)
+
+        qkv = {i: part("qkv", part("attention_norm", v[i], layer_norm)) for i in slots}
+        for i in slots:
+            attended = []
+            for head in range(num_heads):
+                q_at, k_at, v_at = (hidden * part_of_three + head * size for part_of_three in range(3))
+                seen = [j for j in slots if j >= i]
+                query = qkv[i][q_at : q_at + size]
+                scores = [sum(a * b for a, b in zip(query, qkv[j][k_at : k_at + size])) / math.sqrt(size) for j in seen]
+                shares = [math.exp(score - max(scores)) for score in scores]
+                for d in range(size):
+                    weighted = sum(share * qkv[j][v_at + d] for share, j in zip(shares, seen))
+                    attended.append(weighted / sum(shares))
+            u = [a + b for a, b in zip(v[i], part("attention_out", attended))]
+            inner = [gelu(a) for a in part("ffn_hidden", part("ffn_norm", u, layer_norm))]
+            v[i] = [a + b for a, b in zip(u, part("ffn_out", inner))]
+    answer = []
+    for i in range(len(xs)):
+        if valid[i]:
+            inner = affine(
+                w["out_hidden.weight"], w["out_hidden.bias"], layer_norm(w["out_norm.weight"], w["out_norm.bias"], v[i])
+            )
+            answer.append(unit(affine(w["out.weight"], w["out.bias"], [gelu(a) for a in inner])))
+        else:
+            answer.append(None)
+    return answer
