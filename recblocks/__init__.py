@@ -30,9 +30,14 @@ from recblocks.negatives.gather import gather_rows
 from recblocks.negatives.log_q import mixed_log_q
 from recblocks.negatives.pool import NegativePool, mixed_negative_pool
 from recblocks.sketch import CountMinSketch
+from recblocks.timelines.cleaning import CleanedActions, CleaningReport, clean_actions
+from recblocks.timelines.convert import from_newest_first, to_newest_first
 from recblocks.timelines.examples import Anchors, Examples, drop_rows_without_pairs, sample_anchors
+from recblocks.timelines.loader import TrainingBatches
 from recblocks.timelines.objectives import all_action, dense_all_action, dense_all_positives, next_action, sasrec
+from recblocks.timelines.splits import split_by_time, split_by_user, user_shares
 from recblocks.timelines.storage import TimelinesWriter
+from recblocks.timelines.tables import columns_from_arrow
 from recblocks.timelines.timeline import Timelines, write_timelines
 
 __version__ = "0.1.0.dev0"
@@ -41,6 +46,8 @@ __all__ = [
     "PINNERFORMER_PERIODS",
     "ActionEncoder",
     "Anchors",
+    "CleanedActions",
+    "CleaningReport",
     "CountMinSketch",
     "Examples",
     "Interval",
@@ -53,15 +60,19 @@ __all__ = [
     "Timelines",
     "TimelinesWriter",
     "TopK",
+    "TrainingBatches",
     "all_action",
     "bootstrap_mean",
+    "clean_actions",
     "closest_embedding",
+    "columns_from_arrow",
     "coverage_at_k",
     "dense_all_action",
     "dense_all_positives",
     "drop_out_of_vocabulary",
     "drop_rows_without_pairs",
     "equal_user_weights",
+    "from_newest_first",
     "gap_to_next_older",
     "gather_rows",
     "hit_rate_per_user",
@@ -85,8 +96,12 @@ __all__ = [
     "sample_anchors",
     "sampled_softmax_loss",
     "sasrec",
+    "split_by_time",
+    "split_by_user",
     "time_since_latest",
+    "to_newest_first",
     "top_k",
     "unique_pairs",
+    "user_shares",
     "write_timelines",
 ]

@@ -271,47 +271,130 @@ def mixed_log_q(count, total, num_in_batch, num_random, num_candidates, correct_
 # --- the causal sequence encoder ---
 
 
+def add(x, y):
+    return [a + b for a, b in zip(x, y, strict=True)]
+
+
+def dot(x, y):
+    return sum(a * b for a, b in zip(x, y, strict=True))
+
+
 def layer_norm(weight, bias, x):
     mean = sum(x) / len(x)
     variance = sum((a - mean) ** 2 for a in x) / len(x)
     return [w * (a - mean) / math.sqrt(variance + 1e-5) + b for w, b, a in zip(weight, bias, x, strict=True)]
 
 
-def causal_encoder_row(xs, valid, w, num_layers, num_heads):
-    """PinnerFormer A.2 for one newest-first row: each slot's unit vector, or None where invalid; w: weights by name."""
+def causal_encoder_row(xs, valid, weights, num_layers, num_heads):
+    """PinnerFormer A.2 for one newest-first row: each slot's unit vector, or None where invalid; weights by name."""
+
+    def apply(kind, name, x):
+        return kind(weights[f"{name}.weight"], weights[f"{name}.bias"], x)
+
+    def mlp(hidden, out, x):
+        return apply(affine, out, [gelu(a) for a in apply(affine, hidden, x)])
+
     slots = [i for i in range(len(xs)) if valid[i]]
-    hidden = len(w["position"][0])
-    size = hidden // num_heads
-    v = {
-        i: [a + p for a, p in zip(affine(w["project.weight"], [0.0] * hidden, xs[i]), w["position"][i])] for i in slots
-    }
+    position = weights["position"]
+    size = len(position[0]) // num_heads
+    v = {i: add([dot(row, xs[i]) for row in weights["project.weight"]], position[i]) for i in slots}
     for layer in range(num_layers):
-
-        def part(name, x, kind=affine, layer=layer):
-            return kind(w[f"blocks.{layer}.{name}.weight"], w[f"blocks.{layer}.{name}.bias"], x)
-
-        qkv = {i: part("qkv", part("attention_norm", v[i], layer_norm)) for i in slots}
+        block = f"blocks.{layer}."
+        queries, keys, values = {}, {}, {}
         for i in slots:
+            qkv = apply(affine, block + "qkv", apply(layer_norm, block + "attention_norm", v[i]))
+            heads = [qkv[start : start + size] for start in range(0, len(qkv), size)]
+            queries[i], keys[i], values[i] = heads[:num_heads], heads[num_heads:-num_heads], heads[-num_heads:]
+        for i in slots:
+            seen = [j for j in slots if j >= i]
             attended = []
             for head in range(num_heads):
-                q_at, k_at, v_at = (hidden * part_of_three + head * size for part_of_three in range(3))
-                seen = [j for j in slots if j >= i]
-                query = qkv[i][q_at : q_at + size]
-                scores = [sum(a * b for a, b in zip(query, qkv[j][k_at : k_at + size])) / math.sqrt(size) for j in seen]
+                scores = [dot(queries[i][head], keys[j][head]) / math.sqrt(size) for j in seen]
                 shares = [math.exp(score - max(scores)) for score in scores]
-                for d in range(size):
-                    weighted = sum(share * qkv[j][v_at + d] for share, j in zip(shares, seen))
-                    attended.append(weighted / sum(shares))
-            u = [a + b for a, b in zip(v[i], part("attention_out", attended))]
-            inner = [gelu(a) for a in part("ffn_hidden", part("ffn_norm", u, layer_norm))]
-            v[i] = [a + b for a, b in zip(u, part("ffn_out", inner))]
-    answer = []
-    for i in range(len(xs)):
-        if valid[i]:
-            inner = affine(
-                w["out_hidden.weight"], w["out_hidden.bias"], layer_norm(w["out_norm.weight"], w["out_norm.bias"], v[i])
-            )
-            answer.append(unit(affine(w["out.weight"], w["out.bias"], [gelu(a) for a in inner])))
+                attended += [dot(shares, [values[j][head][d] for j in seen]) / sum(shares) for d in range(size)]
+            u = add(v[i], apply(affine, block + "attention_out", attended))
+            normed = apply(layer_norm, block + "ffn_norm", u)
+            v[i] = add(u, mlp(block + "ffn_hidden", block + "ffn_out", normed))
+    return [
+        unit(mlp("out_hidden", "out", apply(layer_norm, "out_norm", v[i]))) if valid[i] else None
+        for i in range(len(xs))
+    ]
+
+
+# --- evaluation protocols ---
+
+
+def reference_time(positive, start, protocol, num_days, day):
+    """PinnerFormer 4.2.2, day by day."""
+    if protocol == "once":
+        return start
+    if protocol == "realtime":
+        return positive - 1
+    for number in range(num_days):
+        x = start + number * day
+        if x < positive <= x + day:
+            return x - day
+    raise ValueError("outside the window")
+
+
+def clean(records, clock_bound, time_range, action_types):
+    """(kept records in the order of arrival, merged counts, dropped counts), one record after the other."""
+    dropped, merged, groups = {}, {}, {}
+
+    def count(counts, reason):
+        counts[reason] = counts.get(reason, 0) + 1
+
+    actions = []
+    for place, record in enumerate(records):
+        if not time_range[0] <= record["time"] <= time_range[1]:
+            count(dropped, "time_out_of_range")
+        elif record["action_type"] not in action_types:
+            count(dropped, "unknown_action_type")
+        elif not math.isfinite(record["duration"]):
+            count(dropped, "duration_not_finite")
+        elif record["duration"] < 0:
+            count(dropped, "negative_duration")
         else:
-            answer.append(None)
-    return answer
+            key = tuple(record[name] for name in ("user", "item", "action_type", "surface"))
+            same = [one for one in actions if one["key"] == key and one["record"]["time"] == record["time"]]
+            if same:
+                count(merged, "same_time")
+                same[0]["sources"].add(record["source"])
+                same[0]["longest"] = max(same[0]["longest"], record["duration"])
+            else:
+                actions.append(
+                    {
+                        "key": key,
+                        "place": place,
+                        "record": record,
+                        "sources": {record["source"]},
+                        "longest": record["duration"],
+                    }
+                )
+    kept = []
+    for action in sorted(actions, key=lambda one: one["record"]["time"]):
+        groups.setdefault(action["key"], [])
+        for opened in groups[action["key"]]:  # the earliest opened first
+            near = clock_bound is not None and action["record"]["time"] - opened["record"]["time"] <= clock_bound
+            if near and not opened["sources"] & action["sources"]:
+                count(merged, "clock_difference")
+                opened["sources"] |= action["sources"]
+                opened["longest"] = max(opened["longest"], action["longest"])
+                break
+        else:
+            groups[action["key"]].append(action)
+            kept.append(action)
+    kept.sort(key=lambda one: one["place"])
+    return [one["record"] | {"duration": one["longest"]} for one in kept], merged, dropped
+
+
+def user_share(user, salt):
+    """The share in [0, 1) of a raw user id: splitmix64 of its bits and the salt's hash, the upper 53 bits."""
+
+    def splitmix64(state):
+        state = (state + 0x9E3779B97F4A7C15) % 2**64
+        state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        state = (state ^ (state >> 27)) * 0x94D049BB133111EB % 2**64
+        return state ^ (state >> 31)
+
+    return (splitmix64((user % 2**64) ^ splitmix64(salt % 2**64)) >> 11) / 2**53
