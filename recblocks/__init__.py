@@ -2,6 +2,14 @@
 
 from recblocks.evaluation._pairs import unique_pairs
 from recblocks.evaluation.diversity import coverage_at_k, interest_entropy_at_k
+from recblocks.evaluation.protocols import (
+    EmbeddingPoints,
+    JudgedPositives,
+    embedding_points,
+    in_window,
+    protocol_ranks,
+    reference_times,
+)
 from recblocks.evaluation.ranking import (
     PerUser,
     hit_rate_per_user,
@@ -49,9 +57,11 @@ __all__ = [
     "CleanedActions",
     "CleaningReport",
     "CountMinSketch",
+    "EmbeddingPoints",
     "Examples",
     "Interval",
     "ItemEncoder",
+    "JudgedPositives",
     "KeptActions",
     "LearnedTemperature",
     "LogPeriodicTimeEncoder",
@@ -71,11 +81,13 @@ __all__ = [
     "dense_all_positives",
     "drop_out_of_vocabulary",
     "drop_rows_without_pairs",
+    "embedding_points",
     "equal_user_weights",
     "from_newest_first",
     "gap_to_next_older",
     "gather_rows",
     "hit_rate_per_user",
+    "in_window",
     "interest_entropy_at_k",
     "log_periodic_features",
     "log_spaced_periods",
@@ -86,10 +98,12 @@ __all__ = [
     "own_positive_mask",
     "paired_bootstrap",
     "positive_ranks",
+    "protocol_ranks",
     "rank_weights",
     "recall_at_k",
     "recall_per_user",
     "reciprocal_rank_per_user",
+    "reference_times",
     "retrieval_ranks",
     "retrieve",
     "round_robin",
