@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from recblocks import CountMinSketch
-from recblocks.sketch import _count_distinct
+from recblocks.sketch import _count_distinct, _numpy_buckets, _torch_buckets
 
 LOWEST, HIGHEST = -(2**63), 2**63 - 1
 IDS = st.one_of(st.sampled_from([0, 1, -1, LOWEST, HIGHEST, 2**40]), st.integers(LOWEST, HIGHEST), st.integers(0, 9))
@@ -156,12 +156,20 @@ def test_errors_are_those_of_apache_datasketches():
 
 
 def test_ids_beyond_one_chunk_are_all_counted():
-    ids = torch.arange(150_000) % 7
+    ids = torch.arange(300_000) % 7
     sketch = CountMinSketch(1000, 3)
-    sketch.update(ids.view(3, -1), torch.ones(3, 50_000))
+    sketch.update(ids.view(3, -1), torch.ones(3, 100_000))
     truth = ids.bincount().double()
     assert torch.equal(sketch.query(torch.arange(7)), truth)
-    assert sketch.total.item() == 150_000
+    assert sketch.total.item() == 300_000
+
+
+@given(ids=st.lists(IDS), shape=SHAPES, seed=st.integers(0, HIGHEST))
+def test_torch_and_numpy_hash_to_the_same_buckets(ids, shape, seed):
+    sketch = CountMinSketch(*shape, seed=seed)
+    arguments = (torch.tensor(ids, dtype=torch.int64), sketch._offset, sketch._multipliers, *shape)
+    for a, b in zip(_torch_buckets(*arguments), _numpy_buckets(*arguments), strict=True):
+        assert torch.equal(a, b)
 
 
 @given(stream=STREAMS, order=st.randoms(use_true_random=False))
