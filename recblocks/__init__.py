@@ -2,6 +2,7 @@
 
 from recblocks.evaluation._pairs import unique_pairs
 from recblocks.evaluation.diversity import coverage_at_k, interest_entropy_at_k
+from recblocks.evaluation.index import ItemIndex
 from recblocks.evaluation.protocols import (
     EmbeddingPoints,
     JudgedPositives,
@@ -43,15 +44,20 @@ from recblocks.timelines.convert import from_newest_first, to_newest_first
 from recblocks.timelines.examples import Anchors, Examples, drop_rows_without_pairs, sample_anchors
 from recblocks.timelines.loader import TrainingBatches
 from recblocks.timelines.objectives import all_action, dense_all_action, dense_all_positives, next_action, sasrec
+from recblocks.timelines.simulator import Simulation, positive_engagement, simulate
 from recblocks.timelines.splits import split_by_time, split_by_user, user_shares
 from recblocks.timelines.storage import TimelinesWriter
 from recblocks.timelines.tables import columns_from_arrow
 from recblocks.timelines.timeline import Timelines, write_timelines
+from recblocks.timelines.worlds import INTERESTS, MARKOV, UNIFORM, World
 
 __version__ = "0.1.0.dev0"
 
 __all__ = [
+    "INTERESTS",
+    "MARKOV",
     "PINNERFORMER_PERIODS",
+    "UNIFORM",
     "ActionEncoder",
     "Anchors",
     "CleanedActions",
@@ -61,16 +67,19 @@ __all__ = [
     "Examples",
     "Interval",
     "ItemEncoder",
+    "ItemIndex",
     "JudgedPositives",
     "KeptActions",
     "LearnedTemperature",
     "LogPeriodicTimeEncoder",
     "NegativePool",
     "PerUser",
+    "Simulation",
     "Timelines",
     "TimelinesWriter",
     "TopK",
     "TrainingBatches",
+    "World",
     "all_action",
     "bootstrap_mean",
     "clean_actions",
@@ -97,6 +106,7 @@ __all__ = [
     "next_action",
     "own_positive_mask",
     "paired_bootstrap",
+    "positive_engagement",
     "positive_ranks",
     "protocol_ranks",
     "rank_weights",
@@ -110,6 +120,7 @@ __all__ = [
     "sample_anchors",
     "sampled_softmax_loss",
     "sasrec",
+    "simulate",
     "split_by_time",
     "split_by_user",
     "time_since_latest",
