@@ -38,6 +38,7 @@ from recblocks.losses.weights import equal_user_weights, rank_weights
 from recblocks.negatives.gather import gather_rows
 from recblocks.negatives.log_q import mixed_log_q
 from recblocks.negatives.pool import NegativePool, mixed_negative_pool
+from recblocks.sequence.causal_encoder import CausalSequenceEncoder
 from recblocks.sketch import CountMinSketch
 from recblocks.timelines.cleaning import CleanedActions, CleaningReport, clean_actions
 from recblocks.timelines.convert import from_newest_first, to_newest_first
@@ -60,6 +61,7 @@ __all__ = [
     "UNIFORM",
     "ActionEncoder",
     "Anchors",
+    "CausalSequenceEncoder",
     "CleanedActions",
     "CleaningReport",
     "CountMinSketch",

@@ -398,3 +398,29 @@ def user_share(user, salt):
         return state ^ (state >> 31)
 
     return (splitmix64((user % 2**64) ^ splitmix64(salt % 2**64)) >> 11) / 2**53
+
+
+# --- the sampled softmax loss ---
+
+
+def is_own_positive(user, item, positives):
+    """Whether (user, item) is among the batch's positive pairs."""
+    return any(user == u and item == i for u, i in positives)
+
+
+def sampled_softmax_pair(query, positive, log_q_positive, columns, temperature):
+    """-log softmax of the positive among itself and the columns (embedding, log q) that its row may see."""
+    if not columns:
+        return 0.0
+    score = sum(a * b for a, b in zip(query, positive, strict=True)) / temperature - log_q_positive
+    scores = [score]
+    for embedding, log_q in columns:
+        scores.append(sum(a * b for a, b in zip(query, embedding, strict=True)) / temperature - log_q)
+    largest = max(scores)
+    return math.log(math.fsum(math.exp(one - largest) for one in scores)) + largest - score
+
+
+def weighted_mean(values, weights):
+    """0 where the weights add up to 0."""
+    total = math.fsum(weights)
+    return math.fsum(v * w for v, w in zip(values, weights, strict=True)) / total if total else 0.0

@@ -1,0 +1,240 @@
+"""A causal transformer over newest-first sequences: one unit embedding at every action, from it and older ones only."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from recblocks import _checks
+
+
+class CausalSequenceEncoder(nn.Module):
+    """Embed a user at every action from that action and the older ones.
+
+    ``V = X W + PE``; then ``num_layers`` times ``U = V + MHSA(LN(V))``, ``V = U + W2 GELU(W1 LN(U) + b1) + b2``; then
+    ``e = y / |y|`` where ``y = W2 GELU(W1 LN(V) + b1) + b2``. Every W1 widens fourfold. Slot i attends to the valid
+    slots j ≥ i: itself and what is older. PE is learned, a row a slot. Slot 0, the most recent, is the user's one.
+
+    Padded (B, M) and packed (T,) sequences give the same numbers; packed, only attention spends work on padding.
+
+    Args:
+        in_dim: width of an encoded action.
+        out_dim: width of an embedding.
+        hidden_dim: width inside, a multiple of ``num_heads``.
+        num_layers: how many blocks.
+        num_heads: attention heads.
+        max_len: the longest sequence, hence how many positions are learned.
+        dropout: share of attention weights, and of the outputs of attention and feed-forward, dropped in training.
+        device, dtype: of the parameters.
+
+    Attributes:
+        out_dim: as given.
+
+    Raises:
+        TypeError, ValueError: a size that is no int of at least 1, heads that do not divide hidden_dim, or a dropout
+            not in [0, 1).
+
+    Example:
+        >>> encoder = CausalSequenceEncoder(16, 8, hidden_dim=32, num_layers=2, num_heads=4, max_len=10)
+        >>> users = encoder(torch.randn(3, 10, 16), lengths=torch.tensor([10, 2, 0]))[:, 0]
+        >>> users.norm(dim=-1).detach().round(decimals=4)
+        tensor([1., 1., 0.])
+        >>> encoder(torch.randn(12, 16), offsets=torch.tensor([0, 10, 12, 12]), max_length=10).shape
+        torch.Size([12, 8])
+
+    Source: PinnerFormer, sections 3.2 and A.2, equation 3.
+
+    Note:
+        The paper prints b2 twice in its output MLP; the inner one is b1. It does not mention dropout; 0 is its model.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int,
+        *,
+        hidden_dim: int,
+        num_layers: int,
+        num_heads: int,
+        max_len: int,
+        dropout: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        sizes = {"in_dim": in_dim, "out_dim": out_dim, "hidden_dim": hidden_dim}
+        sizes |= {"num_layers": num_layers, "num_heads": num_heads, "max_len": max_len}
+        for name, size in sizes.items():
+            _checks.positive_int(name, size)
+        if hidden_dim % num_heads:
+            raise ValueError(f"num_heads must divide hidden_dim = {hidden_dim}, got {num_heads}")
+        _checks.number("dropout", dropout, at_least=0, below=1)
+
+        self.in_dim = in_dim
+        self.out_dim = out_dim
+        self.max_len = max_len
+        self.project = nn.Linear(in_dim, hidden_dim, bias=False, device=device, dtype=dtype)
+        self.position = nn.Parameter(torch.empty(max_len, hidden_dim, device=device, dtype=dtype))
+        self.blocks = nn.ModuleList(
+            _Block(hidden_dim, num_heads, dropout, device=device, dtype=dtype) for _ in range(num_layers)
+        )
+        self.out_norm = nn.LayerNorm(hidden_dim, device=device, dtype=dtype)
+        self.out_hidden = nn.Linear(hidden_dim, 4 * hidden_dim, device=device, dtype=dtype)
+        self.out = nn.Linear(4 * hidden_dim, out_dim, device=device, dtype=dtype)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the positions from N(0, 0.02²) and reset every layer, as torch.nn does."""
+        nn.init.normal_(self.position, std=0.02)
+        for layer in (self.project, *self.blocks, self.out_norm, self.out_hidden, self.out):
+            layer.reset_parameters()
+
+    def forward(
+        self,
+        x: Tensor,
+        valid: Tensor | None = None,
+        *,
+        lengths: Tensor | None = None,
+        offsets: Tensor | None = None,
+        max_length: int | None = None,
+    ) -> Tensor:
+        """Embed padded sequences, or packed ones given ``offsets``.
+
+        Args:
+            x: (B, M, in_dim) or packed (T, in_dim) encoded actions of any float dtype; slot 0 is the most recent.
+            valid: (B, M) bool, True = a real action; holes may be anywhere. None: as ``lengths`` says, or all are.
+            lengths: (B,) int64, how many of a row's first slots are real; instead of ``valid``.
+            offsets: (B+1,) int64 where each packed sequence starts, ending with T.
+            max_length: at least the longest packed sequence, at most max_len, which None stands for; attention
+                takes this many slots a row.
+
+        Returns:
+            (B, M, out_dim) or (T, out_dim) in the parameters' dtype, under autocast too: unit vectors where valid,
+            zeros elsewhere. What stands at an invalid slot changes nothing.
+
+        Raises:
+            TypeError, ValueError: a wrong shape or dtype, more slots than max_len, arguments that exclude each other;
+                and on a CPU lengths outside 0..M, offsets that do not ascend to T, or a sequence over max_length.
+        """
+        if offsets is not None:
+            if valid is not None or lengths is not None:
+                raise ValueError("offsets must stand alone, got valid or lengths beside it")
+            return self._packed(x, offsets, self.max_len if max_length is None else max_length)
+        if max_length is not None:
+            raise ValueError("max_length must come with offsets, got it without")
+        return self._padded(x, valid, lengths)
+
+    def _padded(self, x: Tensor, valid: Tensor | None, lengths: Tensor | None) -> Tensor:
+        _checks.floating("x", x, "B", "M", self.in_dim)
+        rows, slots, _ = x.shape
+        if slots > self.max_len:
+            raise ValueError(f"x must have at most max_len = {self.max_len} slots a row, got {_checks.describe(x)}")
+        valid = _as_valid(valid, lengths, rows, slots, x.device)
+        order, place = _oldest_first(valid)
+
+        h = self.project(x.to(self.project.weight.dtype).masked_fill(~valid[..., None], 0)) + self.position[:slots]
+        h = torch.take_along_dim(h, order[..., None], dim=1)
+        for block in self.blocks:
+            h = block(h)
+        e = torch.take_along_dim(self._embed(h), place[..., None], dim=1)
+        return e.masked_fill(~valid[..., None], 0)
+
+    def _packed(self, x: Tensor, offsets: Tensor, max_length: int) -> Tensor:
+        _checks.floating("x", x, "T", self.in_dim)
+        _checks.offsets("offsets", offsets, len(x))
+        _checks.positive_int("max_length", max_length)
+        if max_length > self.max_len:
+            raise ValueError(f"max_length must be at most max_len = {self.max_len}, got {max_length}")
+        lengths = offsets.diff()
+        if _checks.readable(lengths) and bool((lengths > max_length).any()):
+            raise ValueError(f"offsets must hold no sequence over {max_length}, got one of {int(lengths.max())}")
+
+        # A row's oldest action goes to the first of its max_length places, so that the rest of them lie behind it.
+        rows = len(lengths)
+        row = torch.arange(rows, device=x.device).repeat_interleave(lengths, output_size=len(x))
+        index = torch.arange(len(x), device=x.device)
+        slot = index - offsets[row]
+        place = row * max_length + offsets[row + 1] - 1 - index
+
+        h = self.project(x.to(self.project.weight.dtype)) + functional.embedding(slot, self.position)
+        for block in self.blocks:
+            h = block(h, place, rows, max_length)
+        return self._embed(h)
+
+    def _embed(self, h: Tensor) -> Tensor:
+        y = self.out(functional.gelu(self.out_hidden(self.out_norm(h))))
+        dtype = self.out.weight.dtype
+        return functional.normalize(y.to(torch.promote_types(dtype, torch.float32)), dim=-1).to(dtype)
+
+
+class _Block(nn.Module):
+    """Pre-norm causal self-attention and feed-forward, over sequences that stand oldest first."""
+
+    def __init__(
+        self,
+        hidden_dim: int,
+        num_heads: int,
+        dropout: float,
+        *,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.head_dim = hidden_dim // num_heads
+        self.dropout = dropout
+        self.attention_norm = nn.LayerNorm(hidden_dim, device=device, dtype=dtype)
+        self.qkv = nn.Linear(hidden_dim, 3 * hidden_dim, device=device, dtype=dtype)
+        self.attention_out = nn.Linear(hidden_dim, hidden_dim, device=device, dtype=dtype)
+        self.ffn_norm = nn.LayerNorm(hidden_dim, device=device, dtype=dtype)
+        self.ffn_hidden = nn.Linear(hidden_dim, 4 * hidden_dim, device=device, dtype=dtype)
+        self.ffn_out = nn.Linear(4 * hidden_dim, hidden_dim, device=device, dtype=dtype)
+
+    def reset_parameters(self) -> None:
+        for layer in self.children():
+            layer.reset_parameters()  # type: ignore[operator]
+
+    def forward(self, v: Tensor, place: Tensor | None = None, rows: int = 0, slots: int = 0) -> Tensor:
+        """Padded (B, M, H); or packed (T, H) with each token's place among rows × slots."""
+        qkv = self.qkv(self.attention_norm(v))
+        if place is None:
+            attended = self._attend(qkv)
+        else:
+            padded = qkv.new_zeros(rows * slots, qkv.shape[-1]).index_copy(0, place, qkv)
+            attended = self._attend(padded.view(rows, slots, qkv.shape[-1])).flatten(0, 1)[place]
+        u = v + self._drop(self.attention_out(attended))
+        return u + self._drop(self.ffn_out(functional.gelu(self.ffn_hidden(self.ffn_norm(u)))))
+
+    def _attend(self, qkv: Tensor) -> Tensor:
+        # Padding stands behind the last valid token, so the causal rule alone hides it and no mask is needed.
+        heads = qkv.view(*qkv.shape[:-1], 3, self.num_heads, self.head_dim)
+        q, k, v = heads.permute(2, 0, 3, 1, 4).unbind(0)
+        p = self.dropout if self.training else 0.0
+        attended = functional.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)
+        return attended.transpose(1, 2).flatten(2)
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return functional.dropout(x, self.dropout, self.training)
+
+
+def _as_valid(valid: Tensor | None, lengths: Tensor | None, rows: int, slots: int, device: torch.device) -> Tensor:
+    if valid is not None:
+        if lengths is not None:
+            raise ValueError("lengths must be None beside valid: one of them says what is real")
+        _checks.mask("valid", valid, rows, slots)
+        return valid
+    if lengths is None:
+        return torch.ones(rows, slots, dtype=torch.bool, device=device)
+    _checks.integers("lengths", lengths, rows)
+    if _checks.readable(lengths) and bool(((lengths < 0) | (lengths > slots)).any()):
+        raise ValueError(f"lengths must be in [0, {slots}], got {_checks.describe(lengths)} with one that is not")
+    return torch.arange(slots, device=device) < lengths[:, None]
+
+
+def _oldest_first(valid: Tensor) -> tuple[Tensor, Tensor]:
+    """Put a row's valid slots first, oldest to newest, and the others behind: (what stands where, where each goes)."""
+    slots = torch.arange(valid.shape[1], device=valid.device).expand_as(valid)
+    num_valid, valid_so_far = valid.sum(1, keepdim=True), valid.cumsum(1)
+    place = num_valid - valid_so_far + slots.masked_fill(valid, 0)
+    return torch.zeros_like(place).scatter(1, place, slots), place
