@@ -289,9 +289,8 @@ def _inputs(timelines: Timelines, anchors: Anchors, max_len: int) -> tuple[Tenso
     return torch.where(valid, actions, 0), valid
 
 
-def _event_starts(time: Tensor, starts: Tensor, actions: Tensor) -> Tensor:
-    """(B, M) the newest action of each slot's event; what stands at invalid slots means nothing."""
-    now = time[actions]
+def _event_starts(time: Tensor, now: Tensor, starts: Tensor, actions: Tensor) -> Tensor:
+    """(B, M) the newest action of each slot's event, from each slot's time; at invalid slots it means nothing."""
     first = actions.clone()
     first[:, 0] = first_at_or_before(time, starts, actions[:, 0], now[:, 0])
     first[:, 1:].masked_fill_(now[:, 1:] == now[:, :-1], -1)
@@ -311,7 +310,9 @@ def _next_labels(
     time = timelines.columns["time"]
     starts = timelines.starts[anchors.user_row]
     row, slot = valid.nonzero(as_tuple=True)
-    end = _event_starts(time, starts, actions)[row, slot]  # the first later event ends where the slot's own starts
+    end = _event_starts(time, time[actions], starts, actions)[
+        row, slot
+    ]  # the first later event ends where the slot's own starts
     later = end > starts[row]
     row, slot, end = row[later], slot[later], end[later]
     now = time[end - 1]
@@ -341,28 +342,29 @@ def _window_positives(
     window = round(window_days * _UNITS_PER_DAY[timelines.unit])
     time = timelines.columns["time"]
     starts = timelines.starts[anchors.user_row]
-    end = _event_starts(time, starts, actions)
-    horizon = time[actions].clamp(max=_LATEST - window) + window
+    now = time[actions]
+    horizon = now.clamp(max=_LATEST - window) + window
     if until is not None:
         horizon = horizon.clamp(max=until)
-    # Every window of a row lies between slot 0's horizon and the oldest slot: the predicate reads that stretch once.
+    end = _event_starts(time, now, starts, actions)
     low = first_at_or_before(time, starts, end[:, 0], horizon[:, 0])
-    high = torch.where(valid, end, 0).amax(1)
+    end = torch.where(valid, end, low[:, None])
+    # Every window of a row lies between slot 0's horizon and the oldest slot: the predicate reads that stretch once.
+    high = end.amax(1)
     _, stretch = expand_ranges(low, high)
     flags = _flags(timelines, stretch, positive)
     labels = stretch[flags]
     before = torch.cat([torch.zeros(1, dtype=torch.int64), flags.cumsum(0)])  # positives ahead of each place in it
     shift = (high - low).cumsum(0) - high
     # A slot has a positive exactly where the nearest later one, the last ahead of its event, is inside its horizon.
-    row, slot = valid.nonzero(as_tuple=True)
-    last = before[(end + shift[:, None])[row, slot]]
-    some = torch.nonzero(last > before[low + shift][row]).squeeze(1)
-    some = some[time[labels[last[some] - 1]] <= horizon[row[some], slot[some]]]
+    last = before[end + shift[:, None]]
+    nearest = torch.cat([torch.full((1,), _LATEST), time[labels]])[last]
+    row, slot = ((last > before[low + shift][:, None]) & (nearest <= horizon)).nonzero(as_tuple=True)
     if max_slots is not None:
-        some = some[sample_within(row[some], torch.full_like(starts, max_slots), generator)]
-    row, slot, last = row[some], slot[some], last[some]
+        some = sample_within(row, torch.full_like(starts, max_slots), generator)
+        row, slot = row[some], slot[some]
     begin = first_at_or_before(time, low[row], end[row, slot], horizon[row, slot])
-    return row, slot, before[begin + shift[row]], last, labels
+    return row, slot, before[begin + shift[row]], last[row, slot], labels
 
 
 def _examples(
