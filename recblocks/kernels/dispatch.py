@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 
 from recblocks import _checks
@@ -33,3 +35,10 @@ def resolve(backend: str, fast: str, device: torch.device) -> str:
     if backend != "auto":
         return backend
     return fast if device.type in ("cpu", "cuda") else "reference"
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Keep matrix products in the dtype of their arguments, whatever the caller's autocast says."""
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)

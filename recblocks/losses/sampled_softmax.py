@@ -87,8 +87,8 @@ def sampled_softmax_loss(
         The paper averages with equal weight per user on each GPU; see :func:`equal_user_weights` for ours.
     """
     _checks.choice("reduction", reduction, ("none", "sum", "mean"))
-    backend = dispatch.resolve(backend, "chunked", queries.device)
     _check_shapes(queries, positives, negatives, log_q_positives, log_q_negatives, masked, own, weights, pair_queries)
+    backend = dispatch.resolve(backend, "chunked", queries.device)
     _check_log_q_given(log_q_positives, log_q_negatives, correct_positive)
     _check_pairs(weights, pair_queries, len(queries))
     present = _present(weights, pair_queries, queries)
@@ -101,7 +101,7 @@ def sampled_softmax_loss(
 
     dtype = torch.promote_types(torch.promote_types(queries.dtype, positives.dtype), negatives.dtype)
     dtype = torch.promote_types(dtype, torch.float32)
-    with torch.autocast(queries.device.type, enabled=False):
+    with dispatch.without_autocast(queries.device):
         queries, positives = _clear(queries.to(dtype), present.rows), _clear(positives.to(dtype), present.pairs)
         inverse_temperature = _inverse(temperature, queries)
         paired = queries if pair_queries is None else queries.index_select(0, pair_queries)

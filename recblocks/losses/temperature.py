@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from recblocks import _checks
+from recblocks.kernels import dispatch
 
 
 class LearnedTemperature(nn.Module):
@@ -63,7 +64,7 @@ class LearnedTemperature(nn.Module):
 
     def forward(self) -> Tensor:
         """Return τ, a tensor of shape ()."""
-        with torch.autocast(self.rho.device.type, enabled=False):
+        with dispatch.without_autocast(self.rho.device):
             return self.minimum + F.softplus(self.rho.to(torch.promote_types(self.rho.dtype, torch.float32)))
 
     def extra_repr(self) -> str:

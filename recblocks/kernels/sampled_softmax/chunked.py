@@ -10,13 +10,14 @@ sweeps again.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from recblocks import _checks
+from recblocks.kernels import dispatch
 from recblocks.kernels.own_positives import OwnPositives, owned_by_every_row
 
 # One tile of logits: large enough for the matrix products, small enough to stay in a CPU's last-level cache.
@@ -68,7 +69,7 @@ def sweep(
     own = OwnPositives(*pool.own) if pool.own else None
     rows = min(num_rows, max(_MIN_ROWS, _TILE_BYTES // (num_columns * queries.element_size())))
     buffer = queries.new_empty(rows, num_columns)
-    with torch.autocast(queries.device.type, enabled=False):
+    with dispatch.without_autocast(queries.device):
         for start in range(0, num_rows, rows):
             chunk = slice(start, min(start + rows, num_rows))
             tile = buffer[: chunk.stop - start]
@@ -179,7 +180,26 @@ def log_sum_exp(queries: Tensor, pool: Pool, inverse_temperature: Tensor) -> Ten
     return result
 
 
-_TWICE = "the chunked sampled softmax has no second derivative; take backend='reference' for it"
+class _Once(torch.autograd.Function):
+    """A gradient that refuses to be differentiated again, instead of taking the forward's numbers for constants."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, *depends_on: Tensor | None) -> Tensor:  # noqa: ARG004
+        return gradient.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> None:  # noqa: ARG004
+        _refuse()
+
+
+def _once(gradient: Tensor, *depends_on: Tensor | None) -> Tensor:
+    if not torch.is_grad_enabled():
+        return gradient
+    return cast(Tensor, _Once.apply(gradient, *depends_on))  # type: ignore[no-untyped-call]
+
+
+def _refuse(*_: Any) -> None:
+    raise RuntimeError("the chunked sampled softmax has no second derivative; take backend='reference' for it")
 
 
 @torch.library.custom_op("recblocks::sampled_softmax_weighted_sum", mutates_args=())
@@ -226,33 +246,22 @@ def _empty_gradients(queries: Tensor, negatives: Tensor, wanted: Wanted) -> tupl
 
 
 def _setup_weighted_sum(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.set_materialize_grads(False)
-    ctx.wanted, ctx.num_own = Wanted(*inputs[-1]), len(inputs[-3])
-    ctx.save_for_backward(*output[1:], *inputs[4:7])
+    ctx.num_own = len(inputs[-3])
+    ctx.save_for_backward(*output[1:], *inputs[:7])
+    ctx.mark_non_differentiable(*output[1:])
 
 
-def _backward_weighted_sum(
-    ctx: Any, grad: Tensor | None, *of_gradients: Tensor | None
-) -> tuple[Tensor | list[None] | None, ...]:
-    if grad is None or any(one is not None for one in of_gradients):
-        raise RuntimeError(_TWICE)
-    log_sum_exp, queries, negatives, bias, inverse, positive_logits, weights, pair_queries = ctx.saved_tensors
-    wanted, needed = ctx.wanted, ctx.needs_input_grad
+def _backward_weighted_sum(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | list[None] | None, ...]:
+    log_sum_exp, *of_columns = ctx.saved_tensors[:5]
+    inputs = ctx.saved_tensors[5:]
+    *_, positive_logits, weights, pair_queries = inputs
     slopes = _pair_slopes(log_sum_exp, positive_logits, weights, pair_queries)
-    losses = _pair_losses(log_sum_exp, positive_logits, pair_queries)
-    return (
-        grad * queries if needed[0] else None,
-        grad * negatives if wanted.negatives else None,
-        grad * bias if wanted.bias else None,
-        grad * inverse if needed[3] else None,
-        -grad * slopes if needed[4] else None,
-        grad * losses.masked_fill(weights == 0, 0) if needed[5] else None,
-        None,
-        None,
-        [None] * ctx.num_own,
-        None,
-        None,
-    )
+    losses = _pair_losses(log_sum_exp, positive_logits, pair_queries).masked_fill(weights == 0, 0)
+    gradients = [
+        _once(grad * gradient, *inputs) if needed else None
+        for gradient, needed in zip([*of_columns, -slopes, losses], ctx.needs_input_grad, strict=False)
+    ]
+    return *gradients, None, None, [None] * ctx.num_own, None, None
 
 
 _weighted_sum.register_autograd(_backward_weighted_sum, setup_context=_setup_weighted_sum)
@@ -316,10 +325,6 @@ def _backward_log_sum_exp(ctx: Any, slopes: Tensor) -> tuple[Tensor | list[None]
         [None] * len(own),
         None,
     )
-
-
-def _refuse(*_: Any) -> None:
-    raise RuntimeError(_TWICE)
 
 
 _log_sum_exp.register_autograd(_backward_log_sum_exp, setup_context=_setup_log_sum_exp)
