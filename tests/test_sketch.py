@@ -11,7 +11,7 @@ import numpy as np
 import oracles
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from recblocks import CountMinSketch
@@ -260,13 +260,15 @@ def test_all_reduce_of_one_rank_changes_no_answer_and_twice_is_once(stream, more
 FACTORS = st.one_of(st.floats(0, 1), st.sampled_from([0.5, 0.9, 0.999, 1.0, 0.0, 2.0**-9, math.nextafter(1, 0)]))
 
 
-@given(counts=st.lists(st.integers(0, 2**46), min_size=1, max_size=5), factor=FACTORS)
-def test_decay_rounds_the_exact_product_up(counts, factor):
-    sketch = CountMinSketch(len(counts), 1)
-    sketch.synced.copy_(torch.tensor(counts) * UNIT)
+@given(counters=st.lists(st.integers(0, 2**62), min_size=1, max_size=5), factor=FACTORS)
+@example(counters=[2], factor=math.nextafter(0.5, 1))  # just above a whole number
+@example(counters=[2**62, 2**62 - 1], factor=math.nextafter(1, 0))
+def test_decay_rounds_the_exact_product_up(counters, factor):
+    sketch = CountMinSketch(len(counters), 1)
+    sketch.synced.copy_(torch.tensor(counters))
     sketch.decay(factor)
-    for count, decayed in zip(counts, sketch.synced[0].tolist(), strict=True):
-        product = Fraction(factor) * count * UNIT
+    for counter, decayed in zip(counters, sketch.synced[0].tolist(), strict=True):
+        product = Fraction(factor) * counter
         if factor >= 2**-9:  # such a float is a multiple of 2^-62, the resolution of the integer arithmetic
             assert decayed == math.ceil(product)
         assert product <= decayed <= math.ceil(product) + 1
