@@ -46,6 +46,7 @@ from recblocks.timelines.examples import Anchors, Examples, drop_rows_without_pa
 from recblocks.timelines.loader import TrainingBatches
 from recblocks.timelines.objectives import all_action, dense_all_action, dense_all_positives, next_action, sasrec
 from recblocks.timelines.simulator import Simulation, positive_engagement, simulate
+from recblocks.timelines.sources import Source, amazon_beauty, completejourney, movielens_1m
 from recblocks.timelines.splits import split_by_time, split_by_user, user_shares
 from recblocks.timelines.storage import TimelinesWriter
 from recblocks.timelines.tables import columns_from_arrow
@@ -77,16 +78,19 @@ __all__ = [
     "NegativePool",
     "PerUser",
     "Simulation",
+    "Source",
     "Timelines",
     "TimelinesWriter",
     "TopK",
     "TrainingBatches",
     "World",
     "all_action",
+    "amazon_beauty",
     "bootstrap_mean",
     "clean_actions",
     "closest_embedding",
     "columns_from_arrow",
+    "completejourney",
     "coverage_at_k",
     "dense_all_action",
     "dense_all_positives",
@@ -104,6 +108,7 @@ __all__ = [
     "log_spaced_periods",
     "mixed_log_q",
     "mixed_negative_pool",
+    "movielens_1m",
     "ndcg_per_user",
     "next_action",
     "own_positive_mask",

@@ -224,6 +224,47 @@ def test_types_durations_and_surfaces_come_in_their_shares(seen: dict[str, Simul
         assert abs(log.std() - world.duration_spread) <= SIGMAS / math.sqrt(2 * log.numel())
 
 
+def test_sessions_and_requests_come_as_often_as_the_world_says(seen: dict[str, Simulation]) -> None:
+    world, simulation = SMALL["interests"], seen["interests"]
+    for owner, count, mean in (
+        (simulation.truth.session_user, world.num_users, world.sessions_per_day * world.days),
+        (simulation.requests["session"], simulation.truth.session_user.numel(), world.requests_per_session),
+    ):
+        each = owner.bincount(minlength=count).double()
+        assert abs(each.mean() - mean) <= SIGMAS * each.std() / math.sqrt(count)
+
+
+def test_home_slots_follow_interests_and_intent_in_their_shares(seen: dict[str, Simulation]) -> None:
+    world, simulation = SMALL["interests"], seen["interests"]
+    impressions, truth = simulation.impressions, simulation.truth
+    home = simulation.requests["surface"][impressions["request"]] == simulator.HOME
+    rows = home & ~impressions["randomised"] & (impressions["position"] == 0)  # a chunk's first item repeats nothing
+    session = simulation.requests["session"][impressions["request"][rows]]
+    topic = simulation.items.topic[impressions["item"][rows]]
+    interests, intents = truth.interests[session], truth.intents[session]
+    crowd = 1 - world.interest_share - world.intent_share
+    for candidate in (*interests.unbind(1), intents):
+        chance = crowd * truth.topic_popularity[candidate].double() + world.intent_share * (intents == candidate)
+        for weight, interest in zip(world.interest_weights, interests.unbind(1), strict=True):
+            chance += world.interest_share * weight * (interest == candidate)
+        error = SIGMAS * (chance * (1 - chance)).sum().sqrt()
+        assert abs((topic == candidate).sum() - chance.sum()) <= error
+
+
+def test_search_follows_the_intent_and_related_the_latest_engagement(seen: dict[str, Simulation]) -> None:
+    simulation = seen["interests"]
+    impressions, requests = simulation.impressions, simulation.requests
+    topic = simulation.items.topic[impressions["item"]]
+    organic, request = ~impressions["randomised"], impressions["request"]
+    searched = organic & (requests["surface"][request] == simulator.SEARCH)
+    assert torch.equal(topic[searched], simulation.truth.intents[requests["session"][request[searched]]])
+    rows = engagements(simulation)
+    last = torch.searchsorted(rows["request"], request) - 1  # rows run by request, as requests run by user and time
+    known = organic & (requests["surface"][request] == simulator.RELATED) & (last >= 0)
+    known &= rows["user"][last.clamp(min=0)] == requests["user"][request]
+    assert torch.equal(topic[known], simulation.items.topic[rows["item"][last[known]]])
+
+
 def test_users_hide_what_they_do_not_care_for_and_engage_with_what_they_do(seen: dict[str, Simulation]) -> None:
     simulation = seen["interests"]
     items, truth, impressions = simulation.items, simulation.truth, simulation.impressions
