@@ -54,7 +54,7 @@ class LearnedTemperature(nn.Module):
         _checks.number("init", init, above=minimum)
         self.init = init
         self.minimum = minimum
-        self.rho = nn.Parameter(torch.empty((), device=device, dtype=dtype))
+        self.rho = nn.Parameter(torch.empty(1, device=device, dtype=dtype))  # FSDP2 takes no 0-dim parameter
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -65,7 +65,8 @@ class LearnedTemperature(nn.Module):
     def forward(self) -> Tensor:
         """Return τ, a tensor of shape ()."""
         with dispatch.without_autocast(self.rho.device):
-            return self.minimum + F.softplus(self.rho.to(torch.promote_types(self.rho.dtype, torch.float32)))
+            rho = self.rho.to(torch.promote_types(self.rho.dtype, torch.float32))
+            return self.minimum + F.softplus(rho).squeeze(0)
 
     def extra_repr(self) -> str:
         """Show the constructor's arguments."""
