@@ -125,6 +125,9 @@ def test_only_allowed_pairs_and_as_many_as_there_are(
             assert set(pairs) == everything
         else:
             assert len(set(slots)) == len(slots)
+            inputs = oracles.input_slots(times, anchor, max_len)
+            events = {slot: oracles.next_event(times, inputs[slot], until) for slot in allowed}
+            assert {slot for slot, event in events.items() if all(flags[j] for j in event)} <= set(slots)
         assert examples.actions[row][examples.valid[row]].tolist() == [
             int(timelines.starts[user]) + place for place in oracles.input_slots(times, anchor, max_len)
         ]

@@ -90,8 +90,9 @@ def sample_anchors(
         return Anchors(index, index)
     at = time[index]
     starts_event = torch.ones_like(at, dtype=torch.bool)
-    starts_event[1:] = (at[1:] != at[:-1]) | (row[1:] != row[:-1])
-    # The newest event has nothing later to predict. An empty range has no rows, so its clamped index is never read.
+    starts_event[1:] = at[1:] != at[:-1]
+    # A user's first event, the newest, has nothing later to predict; so it does not matter that its time may equal that
+    # of the user before. An empty range has no rows, so its clamped index is never read.
     possible = starts_event & (at < time[newest.clamp(max=time.shape[0] - 1)][row])
     row, index = row[possible], index[possible]
     share = fraction * torch.bincount(row, minlength=users.shape[0])
