@@ -103,7 +103,7 @@ def offsets(name: str, value: object, total: int) -> None:
     """Require (B+1,) int64 offsets of packed sequences: from 0 to ``total``, never descending."""
     integers(name, value, None)
     assert isinstance(value, Tensor)
-    if len(value) == 0:
+    if value.shape[0] == 0:
         raise ValueError(f"{name} must have shape (B+1,) with B of at least 0, got {describe(value)}")
     if readable(value):
         if value[0] != 0 or value[-1] != total:

@@ -85,7 +85,7 @@ def drop_out_of_vocabulary(
     rank = known.cumsum(1) - 1
     place = rank.masked_fill(~known, max_len).clamp(max=max_len)
     own_slot = torch.arange(known.shape[1], device=known.device).expand_as(place)
-    slots = own_slot.new_zeros(len(known), max_len + 1).scatter(1, place, own_slot)[:, :max_len]
+    slots = own_slot.new_zeros(known.shape[0], max_len + 1).scatter(1, place, own_slot)[:, :max_len]
     kept = torch.arange(max_len, device=known.device) < num_known[:, None]
 
     return KeptActions(

@@ -235,7 +235,7 @@ def time_since_latest(time: Tensor, valid: Tensor | None = None, *, offsets: Ten
     """
     _check_times(time, valid, offsets)
     if offsets is not None:
-        return time[_per_action(offsets[:-1], offsets, len(time))] - time
+        return time[_per_action(offsets[:-1], offsets, time.shape[0])] - time
     if valid is None:
         return time[:, :1] - time
     is_latest = valid & (valid.cumsum(1) == 1)
@@ -269,8 +269,8 @@ def gap_to_next_older(time: Tensor, valid: Tensor | None = None, *, offsets: Ten
     """
     _check_times(time, valid, offsets)
     if offsets is not None:
-        place = torch.arange(len(time), device=time.device)
-        is_oldest = place + 1 == _per_action(offsets[1:], offsets, len(time))
+        place = torch.arange(time.shape[0], device=time.device)
+        is_oldest = place + 1 == _per_action(offsets[1:], offsets, time.shape[0])
         return (time - time.roll(-1)).masked_fill(is_oldest, 0)
     if valid is None:
         return nn.functional.pad(time[:, :-1] - time[:, 1:], (0, min(1, time.shape[1])))
@@ -292,7 +292,7 @@ def _check_times(time: Tensor, valid: Tensor | None, offsets: Tensor | None) -> 
     _checks.tensor("time", time, "T", dtype=times)
     if valid is not None:
         raise ValueError("valid must be None beside offsets: every packed action is valid")
-    _checks.offsets("offsets", offsets, len(time))
+    _checks.offsets("offsets", offsets, time.shape[0])
 
 
 def _per_action(per_sequence: Tensor, offsets: Tensor, num_actions: int) -> Tensor:

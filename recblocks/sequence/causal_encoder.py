@@ -134,15 +134,15 @@ class CausalSequenceEncoder(nn.Module):
         order, place = _oldest_first(valid)
 
         h = self.project(x.to(self.project.weight.dtype).masked_fill(~valid[..., None], 0)) + self.position[:slots]
-        h = torch.take_along_dim(h, order[..., None], dim=1)
+        h = h.gather(1, order[..., None].expand_as(h))
         for block in self.blocks:
             h = block(h)
-        e = torch.take_along_dim(self._embed(h), place[..., None], dim=1)
-        return e.masked_fill(~valid[..., None], 0)
+        e = self._embed(h)
+        return e.gather(1, place[..., None].expand_as(e)).masked_fill(~valid[..., None], 0)
 
     def _packed(self, x: Tensor, offsets: Tensor, max_length: int) -> Tensor:
         _checks.floating("x", x, "T", self.in_dim)
-        _checks.offsets("offsets", offsets, len(x))
+        _checks.offsets("offsets", offsets, x.shape[0])
         _checks.positive_int("max_length", max_length)
         if max_length > self.max_len:
             raise ValueError(f"max_length must be at most max_len = {self.max_len}, got {max_length}")
@@ -151,9 +151,9 @@ class CausalSequenceEncoder(nn.Module):
             raise ValueError(f"offsets must hold no sequence over {max_length}, got one of {int(lengths.max())}")
 
         # A row's oldest action goes to the first of its max_length places, so that the rest of them lie behind it.
-        rows = len(lengths)
-        row = torch.arange(rows, device=x.device).repeat_interleave(lengths, output_size=len(x))
-        index = torch.arange(len(x), device=x.device)
+        rows = lengths.shape[0]
+        row = torch.arange(rows, device=x.device).repeat_interleave(lengths, output_size=x.shape[0])
+        index = torch.arange(x.shape[0], device=x.device)
         slot = index - offsets[row]
         place = row * max_length + offsets[row + 1] - 1 - index
 

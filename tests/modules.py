@@ -1,0 +1,103 @@
+"""Every public Module, how to build a tiny one and what to call it with: what tests/test_conformance.py walks over.
+
+A new Module gets an entry here, and one more for each way to call it that runs other code.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+import recblocks
+
+
+class Entry(NamedTuple):
+    """``build(device, dtype)`` makes the Module; ``inputs()`` draws what it is called with, by name.
+
+    ``has_rows``: dimension 0 of every input and of the output counts rows that have nothing to do with each other.
+    """
+
+    name: str
+    build: Callable[[str, torch.dtype], torch.nn.Module]
+    inputs: Callable[[], dict[str, Any]]
+    has_rows: bool = True
+
+
+ROWS, SLOTS = 3, 4
+VALID = torch.tensor([[True, True, True, True], [True, False, True, False], [False, False, False, False]])
+OFFSETS = torch.tensor([0, 4, 4, 6])
+
+
+def action_encoder(device, dtype):
+    return recblocks.ActionEncoder(
+        item_dim=5,
+        num_action_types=3,
+        num_surfaces=2,
+        type_dim=2,
+        surface_dim=2,
+        unit="ms",
+        device=device,
+        dtype=dtype,
+    )
+
+
+def action_columns(*shape):
+    return {
+        "item": torch.randn(*shape, 5),
+        "action_type": torch.randint(3, shape),
+        "surface": torch.randint(2, shape),
+        "duration": 60 * torch.rand(shape),
+        "time": 1_700_000_000_000 - torch.randint(10**9, shape).cumsum(-1),
+    }
+
+
+def causal_encoder(device, dtype):
+    return recblocks.CausalSequenceEncoder(
+        5, 6, hidden_dim=8, num_layers=1, num_heads=2, max_len=SLOTS, device=device, dtype=dtype
+    )
+
+
+ENTRIES = [
+    Entry(
+        "LogPeriodicTimeEncoder",
+        lambda device, dtype: recblocks.LogPeriodicTimeEncoder([60.0, 3600.0], unit="ms", device=device, dtype=dtype),
+        lambda: {"t": 1_700_000_000_000 + torch.randint(10**9, (ROWS, SLOTS))},
+    ),
+    Entry(
+        "LogPeriodicTimeEncoder of float64 time without a phase",
+        lambda device, dtype: recblocks.LogPeriodicTimeEncoder(
+            [60.0, 0.5], learn_phase=False, device=device, dtype=dtype
+        ),
+        lambda: {"t": 1.7e9 + torch.rand(ROWS, SLOTS, dtype=torch.float64)},
+    ),
+    Entry("ActionEncoder", action_encoder, lambda: action_columns(ROWS, SLOTS) | {"valid": VALID.clone()}),
+    Entry("ActionEncoder packed", action_encoder, lambda: action_columns(6) | {"offsets": OFFSETS.clone()}, False),
+    Entry(
+        "ItemEncoder",
+        lambda device, dtype: recblocks.ItemEncoder(5, 4, hidden_dim=8, device=device, dtype=dtype),
+        lambda: {"x": torch.randn(ROWS, 5)},
+    ),
+    Entry("CausalSequenceEncoder", causal_encoder, lambda: {"x": torch.randn(ROWS, SLOTS, 5), "valid": VALID.clone()}),
+    Entry(
+        "CausalSequenceEncoder by lengths",
+        causal_encoder,
+        lambda: {"x": torch.randn(ROWS, SLOTS, 5), "lengths": torch.tensor([4, 0, 2])},
+    ),
+    Entry(
+        "CausalSequenceEncoder packed",
+        causal_encoder,
+        lambda: {"x": torch.randn(6, 5), "offsets": OFFSETS.clone(), "max_length": SLOTS},
+        False,
+    ),
+    Entry(
+        "LearnedTemperature",
+        lambda device, dtype: recblocks.LearnedTemperature(device=device, dtype=dtype),
+        dict,
+        False,
+    ),
+    Entry(
+        "CountMinSketch",
+        lambda device, _: recblocks.CountMinSketch(16, 3, device=device),
+        lambda: {"ids": torch.randint(-(2**62), 2**62, (ROWS, SLOTS))},
+    ),
+]
