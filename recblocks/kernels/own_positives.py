@@ -42,7 +42,7 @@ def own_positive_mask(
     check_own((row_users, column_items, positive_users, positive_items), num_rows=None, num_columns=None)
     if not _checks.readable(row_users):
         return _mask(row_users, column_items, positive_users, positive_items)
-    mask = torch.zeros(len(row_users), len(column_items), dtype=torch.bool)
+    mask = torch.zeros(row_users.shape[0], column_items.shape[0], dtype=torch.bool)
     OwnPositives(row_users, column_items, positive_users, positive_items).fill_(mask, 0, True)
     return mask
 
@@ -53,7 +53,7 @@ def check_own(own: tuple[Tensor, Tensor, Tensor, Tensor], *, num_rows: int | Non
     _checks.integers("row_users", row_users, num_rows)
     _checks.integers("column_items", column_items, num_columns)
     _checks.integers("positive_users", positive_users, None)
-    _checks.integers("positive_items", positive_items, len(positive_users))
+    _checks.integers("positive_items", positive_items, positive_users.shape[0])
 
 
 class OwnPositives:
@@ -82,7 +82,7 @@ class OwnPositives:
 
     def fill_(self, tile: Tensor, start: int, value: float) -> None:
         """Write ``value`` wherever row ``start + i`` of the contiguous ``tile`` (rows, N) owns the column."""
-        rows = slice(start, start + len(tile))
+        rows = slice(start, start + tile.shape[0])
         if self._listed and int(self._num_entries[rows].sum()) <= _SPARSE_SHARE * tile.numel():
             tile.view(-1).index_fill_(0, self._entries(rows, tile.shape[1]), value)
         else:
@@ -130,20 +130,20 @@ def owned_by_every_row(
 def _mask(row_users: Tensor, column_items: Tensor, positive_users: Tensor, positive_items: Tensor) -> Tensor:
     """The mask by a table of distinct users x distinct items; every shape is known without looking at the ids."""
     if row_users.shape[0] == 0 or column_items.shape[0] == 0:
-        return torch.zeros(len(row_users), len(column_items), dtype=torch.bool, device=row_users.device)
+        return torch.zeros(row_users.shape[0], column_items.shape[0], dtype=torch.bool, device=row_users.device)
     users, items = row_users.sort().values, column_items.sort().values
     user, user_known = _code(users, positive_users)
     item, item_known = _code(items, positive_items)
-    unused = len(users)
+    unused = users.shape[0]
     user = torch.where(user_known & item_known, user, unused)
-    table = torch.zeros(len(users) + 1, len(items), dtype=torch.bool, device=row_users.device)
+    table = torch.zeros(users.shape[0] + 1, items.shape[0], dtype=torch.bool, device=row_users.device)
     table[user, item] = True
     return table[torch.searchsorted(users, row_users)].index_select(1, torch.searchsorted(items, column_items))
 
 
 def _code(sorted_ids: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     """Each id's first place in ``sorted_ids`` (some valid place where it is absent), and whether it is there."""
-    code = torch.searchsorted(sorted_ids, ids).clamp(max=len(sorted_ids) - 1)
+    code = torch.searchsorted(sorted_ids, ids).clamp(max=sorted_ids.shape[0] - 1)
     return code, sorted_ids[code] == ids
 
 
@@ -166,4 +166,4 @@ def _expand(first: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
     """List the ranges ``first[k], ..., first[k] + count[k] - 1`` one after the other, and each entry's k."""
     of = torch.repeat_interleave(count)
     offset = first - (count.cumsum(0) - count)
-    return of, torch.arange(len(of)) + offset[of]
+    return of, torch.arange(of.shape[0]) + offset[of]

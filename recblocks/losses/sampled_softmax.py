@@ -90,7 +90,7 @@ def sampled_softmax_loss(
     _check_shapes(queries, positives, negatives, log_q_positives, log_q_negatives, masked, own, weights, pair_queries)
     backend = dispatch.resolve(backend, "chunked", queries.device)
     _check_log_q_given(log_q_positives, log_q_negatives, correct_positive)
-    _check_pairs(weights, pair_queries, len(queries))
+    _check_pairs(weights, pair_queries, queries.shape[0])
     present = _present(weights, pair_queries, queries)
     masks = (masked, [] if own is None else list(own), present.rows)
     if correct_positive:
@@ -157,7 +157,10 @@ def _present(weights: Tensor | None, pair_queries: Tensor | None, queries: Tenso
     rows = pairs
     if pair_queries is not None:
         ones = torch.ones_like(pair_queries) if pairs is None else pairs.long()
-        rows = torch.zeros(len(queries), dtype=torch.int64, device=queries.device).index_add_(0, pair_queries, ones) > 0
+        rows = (
+            torch.zeros(queries.shape[0], dtype=torch.int64, device=queries.device).index_add_(0, pair_queries, ones)
+            > 0
+        )
     return _Present(_unless_all(pairs), _unless_all(rows))
 
 
@@ -203,9 +206,9 @@ def _check_shapes(
     _checks.floating("queries", queries, None, None)
     num_rows, dim = queries.shape
     _checks.floating("positives", positives, num_rows if pair_queries is None else None, dim)
-    num_pairs = len(positives)
+    num_pairs = positives.shape[0]
     _checks.floating("negatives", negatives, None, dim)
-    num_columns = len(negatives)
+    num_columns = negatives.shape[0]
     if log_q_positives is not None:
         _checks.floating("log_q_positives", log_q_positives, num_pairs)
     if log_q_negatives is not None:

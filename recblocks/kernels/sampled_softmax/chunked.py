@@ -97,13 +97,13 @@ def sweep(
 
 
 def _softmax_(tile: Tensor) -> Tensor:
-    """Turn logits into probabilities in place and return each row's log-sum-exp; a row of -inf stays finite."""
+    """Turn logits into probabilities in place (finite ones in a row of -inf too) and return each row's log-sum-exp."""
     peak = tile.amax(1)
     empty = peak == -torch.inf
     if not _checks.readable(tile) or empty.any():
         tile.masked_fill_(empty[:, None], 0)
     torch.softmax(tile, 1, out=tile)
-    return torch.where(empty, -torch.inf, peak - tile.amax(1).log())
+    return peak - tile.amax(1).log()
 
 
 def unused_columns(masked: Tensor | None, own: list[Tensor], present: Tensor | None) -> Tensor:
