@@ -84,11 +84,19 @@ def test_epochs_and_seeds_differ_and_a_batch_repeats_exactly() -> None:
     assert not same(whole_batch[0], whole_batch[1])
 
 
+def test_a_user_is_drawn_anew_in_every_epoch() -> None:
+    one = batches(build(1), epochs=20, max_sequences=1)
+    assert len({int(one[step].actions[0, 0]) for step in range(20)}) > 1
+
+
 def test_batches_hold_their_users_and_no_row_without_a_pair() -> None:
     timelines = build(30)
     one = batches(timelines)
-    for step in range(len(one)):
-        examples = one[step]
+    # A user's items are all even or all odd, so every other user has no positive.
+    one.objective = functools.partial(dense_all_action, max_len=4, positive=lambda action: action["item"] % 2 > 0)
+    seen = [one[step] for step in range(len(one))]
+    assert sum(examples.users.unique().numel() for examples in seen) == 15
+    for step, examples in enumerate(seen):
         assert set(examples.users.tolist()) <= set(timelines.users[one.user_rows(step)].tolist())
         assert examples.pair_row.unique().tolist() == list(range(len(examples.users)))
 

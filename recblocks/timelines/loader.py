@@ -31,7 +31,8 @@ class TrainingBatches(Dataset[Examples]):
 
     Each epoch visits every user exactly once, in an order of its own that is computed, not stored. Step k takes the
     next ``users_per_batch`` * ``world_size`` users of that order and gives each rank its share; the last step of an
-    epoch shares out what is left. So ranks and workers have disjoint users by construction, and resuming is to start at k:
+    epoch shares out what is left. So ranks and workers have disjoint users by construction, and resuming is starting at
+    k:
 
     ``DataLoader(batches, batch_size=None, sampler=range(k, len(batches)), num_workers=2)``
 
