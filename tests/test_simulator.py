@@ -321,6 +321,16 @@ def test_in_markov_the_latest_engagement_alone_says_what_comes_next(seen: dict[s
         assert_share(follows[1:][case].double().mean().item(), expected, int(case.sum()))
 
 
+def test_topics_follow_each_other_in_one_cycle(seen: dict[str, Simulation]) -> None:
+    successor = seen["markov"].truth.successor.tolist()
+    topic, visited = 0, []
+    for _ in successor:
+        topic = successor[topic]
+        visited.append(topic)
+    assert topic == 0
+    assert sorted(visited) == list(range(len(successor)))
+
+
 def test_in_uniform_every_item_is_engaged_with_equally_often(seen: dict[str, Simulation]) -> None:
     world, rows = SMALL["uniform"], engagements(seen["uniform"])
     count = rows["item"].bincount(minlength=world.num_items).double()

@@ -259,24 +259,27 @@ def _walk(
     start, taste = (count.cumsum(0) - count)[order], truth.taste[order]
     still = torch.bincount(count).flip(0).cumsum(0).flip(0)[1:].tolist()  # how many users have more than k requests
     target = torch.cat([torch.arange(world.num_topics), truth.successor])
+    planned = (slots.follows, slots.topic, slots.rank, threshold)
     table, place = item_of.flatten(), torch.arange(1, world.chunk + 1)
     for step, active in enumerate(still):
         rows = start[:active] + step
-        follows, topic = slots.follows[rows], slots.topic[rows]
+        # index_select, take and index_copy_ are three to ten times as fast as indexing.
+        follows, topic, rank, needed = (part.index_select(0, rows) for part in planned)
         before = latest[:active, None]
-        topic = torch.where(follows == _DRAWN, topic, target[before + world.num_topics * (follows == _SUCCESSOR)])
-        shows = table[topic * world.items_per_topic + slots.rank[rows]]
+        followed = target.take(before + world.num_topics * (follows == _SUCCESSOR))
+        topic = torch.where(follows == _DRAWN, topic, followed)
+        shows = table.take(topic * world.items_per_topic + rank)
         new = torch.ones_like(shows, dtype=torch.bool)
         for distance in range(1, world.chunk):
             new[:, distance:] &= shows[:, distance:] != shows[:, :-distance]
-        needed = threshold[rows]
         if world.taste:
-            vectors = items.embedding.index_select(0, shows.flatten())  # ten times as fast as embedding[shows]
+            vectors = items.embedding.index_select(0, shows.flatten())
             needed -= world.taste * torch.bmm(vectors.view(*shows.shape, -1), taste[:active, :, None])[:, :, 0]
         takes = (needed < 0) & new
         newest = (takes * place).amax(1, keepdim=True)
         latest[:active] = torch.where(newest > 0, topic.gather(1, (newest - 1).clamp_(min=0)), before)[:, 0]
-        item[rows], engaged[rows], shown[rows] = shows, takes, new
+        for column, values in ((item, shows), (engaged, takes), (shown, new)):
+            column.index_copy_(0, rows, values)
     return item, engaged, shown
 
 

@@ -196,12 +196,11 @@ def _prepare(transactions: pathlib.Path, products: pathlib.Path, folder: pathlib
     parquet = _checks.optional("pyarrow.parquet", _INSTALL)
     table = parquet.read_table(transactions)
     lines = {name: table.column(name).to_numpy() for name in table.column_names}
-    coupon = (lines["coupon_disc"] > 0) | (lines["coupon_match_disc"] > 0)
     columns = {
         "user": lines["household_id"],
         "time": lines["transaction_timestamp"],
         "item": lines["product_id"],
-        "action_type": np.select([coupon, lines["retail_disc"] > 0], [COUPON, DISCOUNTED], PLAIN),
+        "action_type": np.select([lines["coupon_disc"] > 0, lines["retail_disc"] > 0], [COUPON, DISCOUNTED], PLAIN),
         "surface": np.unique(lines["store_id"], return_inverse=True)[1],
         "duration": np.zeros(table.num_rows, dtype=np.float32),
         "quantity": lines["quantity"].astype(np.int32),
@@ -240,10 +239,8 @@ def _prepare(transactions: pathlib.Path, products: pathlib.Path, folder: pathlib
 
 def _product_text(table: Any, items: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.bool_], dict[str, list[str]]]:
     """Which products the table knows, and each one's text fields."""
-    ids = table.column("product_id").to_numpy()
-    order = ids.argsort(kind="stable")
-    place = np.searchsorted(ids[order], items).clip(max=ids.size - 1)
-    row = order[place]
+    ids = table.column("product_id").to_numpy()  # ascending
+    row = np.searchsorted(ids, items).clip(max=ids.size - 1)
     known = ids[row] == items
     text = {}
     for field in _TEXT_FIELDS:
