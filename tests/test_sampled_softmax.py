@@ -337,6 +337,20 @@ def test_everything_masked_is_0_with_gradient_0(backend, reduction):
         assert not any(one.any() for one in got)
 
 
+def test_second_derivative_is_0_too_where_everything_is_masked():
+    (u, p, n), _ = random_case()
+    masked = torch.zeros(6, 9, dtype=torch.bool)
+    masked[2] = True
+    u.requires_grad_()
+    loss = sampled_softmax_loss(u, p, n, masked=masked, backend="reference")
+    (first,) = torch.autograd.grad(loss, u, create_graph=True)
+    (second,) = torch.autograd.grad(first.square().sum(), u)
+    assert first.isfinite().all()
+    assert second.isfinite().all()
+    assert not second[2].any()
+    assert second[1].any()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
 def test_no_rows_and_weights_of_0_give_0_and_stay_in_the_graph(backend, reduction):

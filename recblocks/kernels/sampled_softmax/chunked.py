@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from recblocks import _checks
-from recblocks.kernels import dispatch
 from recblocks.kernels.own_positives import OwnPositives, owned_by_every_row
 
 # One tile of logits: large enough for the matrix products, small enough to stay in a CPU's last-level cache.
@@ -69,30 +68,30 @@ def sweep(
     own = OwnPositives(*pool.own) if pool.own else None
     rows = min(num_rows, max(_MIN_ROWS, _TILE_BYTES // (num_columns * queries.element_size())))
     buffer = queries.new_empty(rows, num_columns)
-    with dispatch.without_autocast(queries.device):
-        for start in range(0, num_rows, rows):
-            chunk = slice(start, min(start + rows, num_rows))
-            tile = buffer[: chunk.stop - start]
-            scaled = queries[chunk] * inverse_temperature
-            if pool.bias is None:
-                torch.mm(scaled, negatives.t(), out=tile)
-            else:
-                torch.addmm(pool.bias, scaled, negatives.t(), out=tile)
-            if pool.masked is not None:
-                tile.masked_fill_(pool.masked[chunk], -torch.inf)
-            if own is not None:
-                own.fill_(tile, start, -torch.inf)
-            log_sum_exp[chunk] = _softmax_(tile)
-            if upstream is None:
-                continue
-            slope = upstream(log_sum_exp, chunk)[:, None]
-            if wanted.queries:
-                grad = torch.mm(tile, negatives, out=grad_queries[chunk]).mul_(slope * inverse_temperature)
-                grad_inverse += (queries[chunk] * grad).sum() / inverse_temperature
-            if wanted.negatives:
-                grad_negatives.addmm_(tile.t(), scaled.mul_(slope))
-            if wanted.bias:
-                grad_bias.addmv_(tile.t(), slope[:, 0])
+    # Autocast leaves products alone that are written into a given tensor, as all of these are.
+    for start in range(0, num_rows, rows):
+        chunk = slice(start, min(start + rows, num_rows))
+        tile = buffer[: chunk.stop - start]
+        scaled = queries[chunk] * inverse_temperature
+        if pool.bias is None:
+            torch.mm(scaled, negatives.t(), out=tile)
+        else:
+            torch.addmm(pool.bias, scaled, negatives.t(), out=tile)
+        if pool.masked is not None:
+            tile.masked_fill_(pool.masked[chunk], -torch.inf)
+        if own is not None:
+            own.fill_(tile, start, -torch.inf)
+        log_sum_exp[chunk] = _softmax_(tile)
+        if upstream is None:
+            continue
+        slope = upstream(log_sum_exp, chunk)[:, None]
+        if wanted.queries:
+            grad = torch.mm(tile, negatives, out=grad_queries[chunk]).mul_(slope * inverse_temperature)
+            grad_inverse += (queries[chunk] * grad).sum() / inverse_temperature
+        if wanted.negatives:
+            grad_negatives.addmm_(tile.t(), scaled.mul_(slope))
+        if wanted.bias:
+            grad_bias.addmv_(tile.t(), slope[:, 0])
     return log_sum_exp, grad_queries, grad_negatives, grad_bias, grad_inverse
 
 
