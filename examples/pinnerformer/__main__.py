@@ -1,0 +1,145 @@
+"""Train PinnerFormer, judge it beside its baselines, and write a report: ``python -m examples.pinnerformer``."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+import time
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from examples.pinnerformer import baselines, evaluate, report
+from examples.pinnerformer.data import DataOptions, Dataset, load
+from examples.pinnerformer.model import ModelOptions
+from examples.pinnerformer.train import Trained, TrainOptions, train
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Train PinnerFormer, judge it beside its baselines, and write a report."""
+
+    data: tyro.conf.OmitArgPrefixes[DataOptions] = dataclasses.field(default_factory=DataOptions)
+    model: tyro.conf.OmitArgPrefixes[ModelOptions] = dataclasses.field(default_factory=ModelOptions)
+    train: tyro.conf.OmitArgPrefixes[TrainOptions] = dataclasses.field(default_factory=TrainOptions)
+    out: pathlib.Path = pathlib.Path("build/pinnerformer")
+    """Folder of the report and the checkpoints."""
+    resume: bool = False
+    """Go on from the checkpoints in --out."""
+    save_every: int = 200
+    """Steps between two checkpoints."""
+    sasrec_steps: int | None = None
+    """Steps of each of the two SASRec baselines; 0: leave them out; default: as many as --steps."""
+    threads: int = 1
+    """CPU threads."""
+
+
+def main(options: Options) -> None:
+    """Run everything."""
+    began = time.monotonic()
+    torch.set_num_threads(options.threads)
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if ranks > 1:
+        dist.init_process_group("nccl" if options.train.device.startswith("cuda") else "gloo")
+    try:
+        console = Console(quiet=ranks > 1 and dist.get_rank() > 0)
+        data = load(options.data)
+        console.print(
+            f"{data.name}: {len(data.train)} users to train on, {len(data.judged)} to judge, "
+            f"{len(data.corpus)} items to retrieve"
+        )
+        models = {name: _trained(console, data, options, name, changed) for name, changed in _models(options)}
+        if ranks == 1 or dist.get_rank() == 0:
+            _report(console, data, options, models, began)
+        if ranks > 1:
+            dist.barrier()
+    finally:
+        if ranks > 1:
+            dist.destroy_process_group()
+
+
+def _models(options: Options) -> Iterator[tuple[str, TrainOptions]]:
+    yield "PinnerFormer", options.train
+    steps = options.train.steps if options.sasrec_steps is None else options.sasrec_steps
+    if steps:
+        sasrec = dataclasses.replace(options.train, objective="sasrec", steps=steps)
+        yield "SASRec, softmax", sasrec
+        yield "SASRec, BCE", dataclasses.replace(sasrec, loss="bce")
+
+
+def _trained(console: Console, data: Dataset, options: Options, name: str, changed: TrainOptions) -> Trained:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("loss {task.fields[loss]:.3f}"),
+    )
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task(name, total=changed.steps, loss=float("nan"))
+        return train(
+            data,
+            options.model,
+            changed,
+            path=options.out / f"{name.lower().replace(', ', '-')}.pt",
+            resume=options.resume,
+            save_every=options.save_every,
+            on_step=lambda step, loss: progress.update(task, completed=step, loss=loss),
+        )
+
+
+def _methods(data: Dataset, options: Options, models: dict[str, Trained]) -> dict[str, evaluate.Method]:
+    max_len = options.model.max_len
+    few, many = (baselines.PinnerSage(data, num_clusters=count) for count in (5, 20))
+    scores = {
+        "popularity, 28 days": baselines.popularity(data),
+        "own most recent": baselines.own_most_recent(data),
+        "own most frequent": baselines.own_most_frequent(data),
+        "own frequency + popularity": baselines.frequent_and_popular(data),
+    }
+    return (
+        {name: evaluate.by_model(data, trained.model, max_len=max_len) for name, trained in models.items()}
+        | {name: evaluate.by_scores(score) for name, score in scores.items()}
+        | {"PinnerSage 5, oracle": few.oracle(), "PinnerSage 5, round robin": few.blended()}
+        | {"PinnerSage 20, oracle": many.oracle(), "PinnerSage 20, round robin": many.blended()}
+    )
+
+
+def _report(console: Console, data: Dataset, options: Options, models: dict[str, Trained], began: float) -> None:
+    windows = evaluate.windows(data)
+    judged = []
+    with console.status("judging"):
+        for name, method in _methods(data, options, models).items():
+            judged.append(evaluate.judge(name, data, windows, method))
+    rows = report.compare(data, judged)
+    inside, outside = (sum(count) for count in zip(*((len(w.positives[0]), w.outside) for w in windows), strict=True))
+    notes = [
+        *report.verdict(rows),
+        f"{len(data.judged)} users whom no training saw, {len(windows)} windows of {evaluate.DAYS} days after the cut. "
+        "Models are frozen at the cut; each window's embeddings read everything before it. Means over users, then over "
+        "windows; 95 % intervals by bootstrap over users; differences are paired.",
+        f"The corpus is the {len(data.corpus)} items known at the cut; {outside} of {inside + outside} positives are "
+        "not in it and are left out. A tie counts against the positive.",
+        "PinnerSage's oracle picks the cluster closest to each positive, which no server could: a bound, not a list.",
+        f"Took {time.monotonic() - began:.0f} s.",
+    ]
+    title = f"PinnerFormer on {data.name}"
+    report.show(console, title, rows, notes)
+    figures = report.plots(
+        data,
+        judged,
+        {name: trained.loss for name, trained in models.items()},
+        {name: trained.temperature for name, trained in models.items()},
+    )
+    page = options.out / "report.html"
+    report.write_page(page, title, rows, notes, figures)
+    console.print(f"Wrote {page}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))

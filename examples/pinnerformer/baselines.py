@@ -1,0 +1,162 @@
+"""What a model has to beat: popularity, the user's own past, and PinnerSage's clusters of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import scipy.cluster.hierarchy
+import torch
+from torch import Tensor
+
+import recblocks
+from examples.pinnerformer.data import Dataset, actions_of
+from examples.pinnerformer.evaluate import LIST, Answer, Method, Window
+from recblocks import Timelines
+
+POPULARITY_DAYS = 28
+HALF_LIFE = 90.0
+
+
+def popularity(data: Dataset) -> Callable[[Window], Tensor]:
+    """Scores (U, C), the same for all: actions of the training users in the 28 days before the window."""
+
+    def scores(window: Window) -> Tensor:
+        past, _ = recblocks.split_by_time(data.train, window.start)
+        _, recent = recblocks.split_by_time(past, window.start - POPULARITY_DAYS * data.day)
+        _, item, _ = _positive_places(data, recent)
+        return torch.bincount(item, minlength=len(data.corpus)).float().expand(len(data.judged), -1)
+
+    return scores
+
+
+def own_most_recent(data: Dataset) -> Callable[[Window], Tensor]:
+    """Scores (U, C): the user's items by their latest action; of one time, the one that stands first."""
+
+    def scores(window: Window) -> Tensor:
+        past, _ = recblocks.split_by_time(data.judged, window.start)
+        user, item, index = _positive_places(data, past)
+        result = torch.zeros(len(past), len(data.corpus))
+        newness = 1 / (1 + index - past.starts[user]).float()
+        result.view(-1).scatter_reduce_(0, user * len(data.corpus) + item, newness, "amax")
+        return result
+
+    return scores
+
+
+def own_most_frequent(data: Dataset) -> Callable[[Window], Tensor]:
+    """Scores (U, C): how often the user acted on each item, halving in 90 days; of equals the newest first."""
+
+    def scores(window: Window) -> Tensor:
+        past, _ = recblocks.split_by_time(data.judged, window.start)
+        user, item, index = _positive_places(data, past)
+        days = (window.start - past.columns["time"][index]) / data.day
+        weight = 0.5 ** (days / HALF_LIFE) - 1e-7 * (index - past.starts[user])
+        result = torch.zeros(len(past), len(data.corpus), dtype=torch.float64)
+        return result.view(-1).index_add_(0, user * len(data.corpus) + item, weight.double()).view_as(result)
+
+    return scores
+
+
+def frequent_and_popular(data: Dataset, *, popular: float = 100.0) -> Callable[[Window], Tensor]:
+    """Own frequency plus ``popular`` times an item's share of all recent actions."""
+    frequent, crowd = own_most_frequent(data), popularity(data)
+
+    def scores(window: Window) -> Tensor:
+        counts = crowd(window)[:1].double()
+        return frequent(window).add_(popular * counts / counts.sum())
+
+    return scores
+
+
+class PinnerSage:
+    """Medoids of Ward clusters of what a user acted on in the last 90 days, the weightiest ``num_clusters`` of them.
+
+    A cluster weighs the sum of exp(-0.01 days) over its actions. Items are compared by ``content``.
+    """
+
+    def __init__(self, data: Dataset, *, num_clusters: int, days: int = 90) -> None:
+        self.data = data
+        self.num_clusters = num_clusters
+        self.days = days
+        self.content = torch.nn.functional.normalize(data.content[:, data.identity_dim :], dim=1)
+        if data.content.shape[1] == data.identity_dim:
+            self.content = data.content
+        self.corpus = self.content[data.corpus]
+
+    def medoids(self, window: Window) -> tuple[Tensor, Tensor]:
+        """(U, num_clusters) rows of items, the weightiest cluster first, and which of them there are."""
+        past, _ = recblocks.split_by_time(self.data.judged, window.start)
+        _, recent = recblocks.split_by_time(past, window.start - self.days * self.data.day)
+        items = torch.zeros(len(past), self.num_clusters, dtype=torch.int64)
+        valid = torch.zeros(len(past), self.num_clusters, dtype=torch.bool)
+        for user, (low, high) in enumerate(zip(recent.starts.tolist(), recent.ends.tolist(), strict=True)):
+            item = recent.columns["row"][low:high]
+            age = (window.start - recent.columns["time"][low:high]) / self.data.day
+            chosen = self._of_user(item, torch.exp(-0.01 * age))
+            items[user, : len(chosen)], valid[user, : len(chosen)] = chosen, True
+        return items, valid
+
+    def _of_user(self, item: Tensor, weight: Tensor) -> Tensor:
+        different, place = torch.unique(item, return_inverse=True)
+        weights = torch.zeros(len(different)).index_add_(0, place, weight.float())
+        if len(different) <= 2:
+            return different[weights.argsort(descending=True)][: self.num_clusters]
+        vectors = self.content[different]
+        tree = scipy.cluster.hierarchy.linkage(vectors.numpy(), "ward")
+        labels = scipy.cluster.hierarchy.fcluster(tree, self.num_clusters, "maxclust")
+        cluster = torch.from_numpy(np.ascontiguousarray(labels)).long() - 1
+        count = int(cluster.max()) + 1
+        same = (cluster[:, None] == cluster).float()
+        spread = (torch.cdist(vectors, vectors).square() * same).sum(1)
+        mass = torch.zeros(count).index_add_(0, cluster, weights)
+        order = torch.argsort(spread, stable=True)
+        order = order[torch.argsort(cluster[order], stable=True)]
+        first = torch.cat([torch.ones(1, dtype=torch.bool), cluster[order].diff() != 0])
+        return different[order[first]][mass.argsort(descending=True)]
+
+    def oracle(self) -> Method:
+        """Each positive is looked for with the medoid closest to it: a bound, not a list that anybody could show."""
+
+        def answer(window: Window) -> Answer:
+            items, valid = self.medoids(window)
+            embeddings, user = self.content[items], window.positives[0]
+            ranks = torch.full_like(user, len(self.corpus))
+            known = valid.any(1)[user]
+            positives = (user[known], window.positives[1][known])
+            closest = recblocks.closest_embedding(embeddings, self.corpus, positives, valid=valid)
+            ranks[known] = recblocks.retrieval_ranks(embeddings.flatten(0, 1), self.corpus, (closest, positives[1]))
+            return Answer(ranks, None)
+
+        return answer
+
+    def blended(self) -> Method:
+        """The medoids' lists in turn: the first one's best item, the second one's best, and so on."""
+
+        def answer(window: Window) -> Answer:
+            items, valid = self.medoids(window)
+            queries = self.content[items].flatten(0, 1)
+            each = math.ceil(LIST / self.num_clusters) + 5  # a few to spare, as an item is shown once
+            lists = recblocks.retrieve(queries, self.corpus, k=each)
+            shape = (len(items), self.num_clusters, each)
+            shown = lists.valid.view(shape) & valid[..., None]
+            blend = recblocks.round_robin(lists.items.view(shape), k=LIST, valid=shown)
+            return Answer(_ranks_in(blend, window.positives, len(self.corpus)), blend)
+
+        return answer
+
+
+def _ranks_in(lists: recblocks.TopK, positives: tuple[Tensor, Tensor], num_items: int) -> Tensor:
+    """The place of each positive in its user's list, ``num_items`` where it is not in it."""
+    user, item = positives
+    found = (lists.items[user] == item[:, None]) & lists.valid[user]
+    return torch.where(found.any(1), found.int().argmax(1), num_items)
+
+
+def _positive_places(data: Dataset, timelines: Timelines) -> tuple[Tensor, Tensor, Tensor]:
+    """(user row, place in the corpus, index) of the positive actions on items of the corpus."""
+    user, index = actions_of(timelines)
+    item = data.corpus_place[timelines.columns["row"][index]]
+    kept = (item >= 0) & data.positive(timelines.gather(index))
+    return user[kept], item[kept], index[kept]

@@ -1,0 +1,140 @@
+"""Judge embeddings and scores alike: recall of each user in each window, and how varied the lists are."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+import recblocks
+from examples.pinnerformer.data import Dataset, actions_of
+from examples.pinnerformer.infer import Histories, embed_items, embed_users
+from examples.pinnerformer.model import PinnerFormer
+
+K = 10
+LIST = 50
+DAYS = 14
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """14 days, and what the judged users will like in them."""
+
+    start: int
+    """In the timelines' unit; what happened up to it is known."""
+    positives: tuple[Tensor, Tensor]
+    """(user row (P,), place in the corpus (P,)), each pair once."""
+    outside: int
+    """Positives that the corpus does not hold, which nobody is judged on."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Judged:
+    """What one method did."""
+
+    name: str
+    recall: Tensor
+    """(U, W) Recall@10; what stands where a user has no positives means nothing."""
+    present: Tensor
+    """(U, W) bool, True = the user has positives in the window."""
+    lists: recblocks.TopK | None
+    """(U, 50) the first window's lists, corpus places, best first; None: the method has no lists."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """A method's answer for one window: the rank of each positive, and a list of 50 for every user."""
+
+    ranks: Tensor
+    lists: recblocks.TopK | None
+
+
+Method = Callable[[Window], Answer]
+
+
+def windows(data: Dataset) -> list[Window]:
+    """The judged windows, one after the other from the cut on."""
+    place = data.corpus_place
+    result = []
+    for number in range(data.num_windows):
+        start = data.cut + number * DAYS * data.day
+        _, future = recblocks.split_by_time(data.judged, start)
+        inside, _ = recblocks.split_by_time(future, start + DAYS * data.day)
+        user, index = actions_of(inside)
+        kept = data.positive(inside.gather(index))
+        user, item = user[kept], inside.columns["row"][index[kept]]
+        user, item = recblocks.unique_pairs((user, item))
+        known = place[item] >= 0
+        result.append(Window(start, (user[known], place[item[known]]), int((~known).sum())))
+    return result
+
+
+def judge(name: str, data: Dataset, judged_windows: list[Window], method: Method) -> Judged:
+    """Ask a method about every window."""
+    shape = (len(data.judged), len(judged_windows))
+    recall, present = torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.bool)
+    lists = None
+    for number, window in enumerate(judged_windows):
+        answer = method(window)
+        user, value = recblocks.recall_per_user(answer.ranks, window.positives[0], k=K)
+        recall[user, number], present[user, number] = value, True
+        if number == 0:
+            lists = answer.lists
+    return Judged(name, recall, present, lists)
+
+
+def by_model(data: Dataset, model: PinnerFormer, *, max_len: int) -> Method:
+    """Embed every judged user as of the window's start; retrieve by inner product."""
+    histories, items = Histories(data.judged), embed_items(model, data.corpus)
+    everybody = torch.arange(len(data.judged))
+
+    def answer(window: Window) -> Answer:
+        cuts = torch.full_like(everybody, window.start)
+        users = embed_users(model, histories, everybody, cuts, max_len=max_len)
+        return by_embeddings(users, items, window)
+
+    return answer
+
+
+def by_embeddings(users: Tensor, items: Tensor, window: Window) -> Answer:
+    """Rank by inner product; a user without any embedding yet (zeros) is shown nothing."""
+    ranks = recblocks.retrieval_ranks(users, items, window.positives, metric="inner_product")
+    lists = recblocks.retrieve(users, items, k=LIST, metric="inner_product")
+    return Answer(ranks, lists._replace(valid=lists.valid & users.any(1, keepdim=True)))
+
+
+def by_scores(scores: Callable[[Window], Tensor]) -> Method:
+    """Rank by scores (U, C); what scores 0 is in nobody's list."""
+
+    def answer(window: Window) -> Answer:
+        values = scores(window)
+        lists = recblocks.top_k(values, k=LIST)
+        return Answer(
+            recblocks.positive_ranks(values, window.positives), lists._replace(valid=lists.valid & (lists.scores > 0))
+        )
+
+    return answer
+
+
+def protocol_recall(data: Dataset, model: PinnerFormer, *, protocol: str, max_len: int) -> Judged:
+    """Recall@10 of each specific action in the first window, from embeddings made once, daily or in real time."""
+    histories = Histories(data.judged)
+    user, index = actions_of(data.judged)
+    item = data.corpus_place[data.judged.columns["row"][index]]
+    kept = data.positive(data.judged.gather(index)) & (item >= 0)
+    ranked = recblocks.protocol_ranks(
+        lambda users, cuts: embed_users(model, histories, users, cuts, max_len=max_len),
+        embed_items(model, data.corpus),
+        (user[kept], item[kept], data.judged.columns["time"][index[kept]]),
+        start=data.cut,
+        protocol=protocol,
+        num_days=DAYS,
+        unit=data.judged.unit,
+        metric="inner_product",
+    )
+    user, value = recblocks.recall_per_user(ranked.ranks, ranked.pair_user, k=K)
+    recall, present = torch.zeros(len(data.judged), 1, dtype=torch.float64), torch.zeros(len(data.judged), 1).bool()
+    recall[user, 0], present[user, 0] = value, True
+    return Judged(protocol, recall, present, None)

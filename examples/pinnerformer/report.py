@@ -1,0 +1,265 @@
+"""The report: a table in the terminal, and a page with plots that needs no other file."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import html
+import io
+import pathlib
+from collections.abc import Sequence
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+import recblocks
+from examples.pinnerformer.data import Dataset
+from examples.pinnerformer.evaluate import LIST, Judged, K
+from recblocks import Interval
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One method in the table."""
+
+    name: str
+    first: Interval
+    """Recall@10 in the first window."""
+    mean: Interval
+    """The mean over all windows."""
+    less: Interval | None
+    """PinnerFormer's mean minus this method's, over the same users; None for PinnerFormer itself."""
+    coverage: float | None
+    entropy: float | None
+
+
+def compare(data: Dataset, judged: Sequence[Judged], *, num_resamples: int = 10_000) -> list[Row]:
+    """Intervals of every method, and of its difference to the first one."""
+    topics = data.topics[data.corpus]
+    rows = []
+    for one in judged:
+        present = one.present
+
+        def generator() -> torch.Generator:
+            return torch.Generator().manual_seed(0)  # every method is judged on the same resamples
+
+        less = None
+        if one is not judged[0]:
+            less = recblocks.paired_bootstrap(
+                judged[0].recall, one.recall, present=present, num_resamples=num_resamples, generator=generator()
+            )
+        first, mean = (
+            recblocks.bootstrap_mean(recall, present=there, num_resamples=num_resamples, generator=generator())
+            for recall, there in ((one.recall[:, 0], present[:, 0]), (one.recall, present))
+        )
+        coverage = entropy = None
+        if one.lists is not None:
+            items, _, valid = one.lists
+            coverage = float(recblocks.coverage_at_k(items, num_items=len(topics), k=K, valid=valid))
+            entropy = float(recblocks.interest_entropy_at_k(items, topics, k=LIST, valid=valid))
+        rows.append(Row(one.name, first, mean, less, coverage, entropy))
+    return rows
+
+
+def verdict(rows: Sequence[Row]) -> list[str]:
+    """Say plainly who wins."""
+    model = rows[0].name
+    groups: dict[str, list[str]] = {"wins": [], "loses": [], "equal": []}
+    for row in rows[1:]:
+        assert row.less is not None
+        result = "loses" if row.less.low > 0 else "wins" if row.less.high < 0 else "equal"
+        groups[result].append(row.name)
+    sentences = {
+        "wins": f"Better than {model}: {', '.join(groups['wins'])}.",
+        "equal": f"Not told apart from {model}: {', '.join(groups['equal'])}.",
+        "loses": f"{model} is better than: {', '.join(groups['loses'])}.",
+    }
+    return [sentence for result, sentence in sentences.items() if groups[result]]
+
+
+def show(console: Console, title: str, rows: Sequence[Row], notes: Sequence[str]) -> None:
+    """Print the table."""
+    table = Table(title=title)
+    for name in HEADINGS:
+        table.add_column(name, justify="left" if name == "method" else "right")
+    for row in rows:
+        table.add_row(*_cells(row), style="bold" if row.less is None else None)
+    console.print(table)
+    for note in notes:
+        console.print(note)
+
+
+HEADINGS = (
+    "method",
+    f"R@{K} first window",
+    f"R@{K} all windows",
+    "95 %",
+    "PinnerFormer minus it",
+    "95 %",
+    f"P90 coverage@{K}",
+    f"entropy@{LIST}",
+)
+
+
+def _cells(row: Row) -> list[str]:
+    def between(interval: Interval, sign: str = "") -> str:
+        return f"[{interval.low:{sign}.4f}, {interval.high:{sign}.4f}]"
+
+    return [
+        row.name,
+        f"{row.first.mean:.4f}",
+        f"{row.mean.mean:.4f}",
+        between(row.mean),
+        "" if row.less is None else f"{row.less.mean:+.4f}",
+        "" if row.less is None else between(row.less, "+"),
+        "" if row.coverage is None else f"{row.coverage:.4f}",
+        "" if row.entropy is None else f"{row.entropy:.2f}",
+    ]
+
+
+def write_page(
+    path: pathlib.Path, title: str, rows: Sequence[Row], notes: Sequence[str], figures: dict[str, Figure]
+) -> None:
+    """Write the page; its plots are inside it."""
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in HEADINGS)
+    body = "\n".join(
+        f"<tr{' class=ours' if row.less is None else ''}>"
+        + "".join(f"<td>{html.escape(cell)}</td>" for cell in _cells(row))
+        + "</tr>"
+        for row in rows
+    )
+    said = "\n".join(f"<p>{html.escape(note)}</p>" for note in notes)
+    plots = "\n".join(
+        f'<figure><img alt="{html.escape(name)}" src="data:image/png;base64,{_png(figure)}">'
+        f"<figcaption>{html.escape(name)}</figcaption></figure>"
+        for name, figure in figures.items()
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(
+        f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title><style>
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #222 }}
+table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 14px }}
+th, td {{ padding: .3rem .7rem; border-bottom: 1px solid #ddd; text-align: right }}
+th:first-child, td:first-child {{ text-align: left }}
+.ours {{ font-weight: 600; background: #eef4fb }}
+.plots {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(26rem, 1fr)); gap: 1rem }}
+figure {{ margin: 0 }} img {{ max-width: 100% }} figcaption {{ color: #555; font-size: 14px }}
+</style></head><body>
+<h1>{html.escape(title)}</h1>
+<table><thead><tr>{head}</tr></thead><tbody>
+{body}
+</tbody></table>
+{said}
+<div class="plots">
+{plots}
+</div></body></html>
+""",
+        encoding="utf-8",
+    )
+
+
+def _png(figure: Figure) -> str:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def plots(
+    data: Dataset, judged: Sequence[Judged], loss: dict[str, list[float]], temperature: dict[str, list[float]]
+) -> dict[str, Figure]:
+    """All plots by caption."""
+    figures = {
+        f"Recall@{K} by activity: five equal groups of users by their actions before the cut": _activity(data, judged)
+    }
+    if judged[0].recall.shape[1] > 1:
+        figures = {f"Recall@{K} by window": _windows(judged)} | figures
+    figures["Coverage: how few items account for the lists"] = _coverage(data, judged)
+    figures["Loss, mean of 20 steps"] = _curves(loss, "loss")
+    figures["Learned temperature"] = _curves(temperature, "temperature")
+    return figures
+
+
+def _axes(x: str, y: str) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(7.2, 4.2), layout="constrained")
+    axes = figure.subplots()
+    axes.set(xlabel=x, ylabel=y)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _line(axes: Axes, number: int, x: Sequence[float] | Tensor, y: Tensor, name: str, **style: object) -> None:
+    axes.plot(
+        x,
+        y,
+        color=f"C{number % 10}",
+        linestyle="-" if number < 10 else "--",
+        linewidth=2.5 if number == 0 else 1.3,
+        label=name,
+        **style,
+    )
+
+
+def _legend(axes: Axes) -> None:
+    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+
+
+def _windows(judged: Sequence[Judged]) -> Figure:
+    figure, axes = _axes("window of 14 days after the cut", f"Recall@{K}")
+    for number, one in enumerate(judged):
+        means = (one.recall * one.present).sum(0) / one.present.sum(0)
+        _line(axes, number, range(1, len(means) + 1), means, one.name, marker="o", markersize=3)
+    axes.set_ylim(bottom=0)
+    _legend(axes)
+    return figure
+
+
+def _activity(data: Dataset, judged: Sequence[Judged]) -> Figure:
+    figure, axes = _axes("median number of actions before the cut", f"Recall@{K}")
+    past, _ = recblocks.split_by_time(data.judged, data.cut)
+    actions = past.ends - past.starts
+    groups = [group for group in actions.argsort().tensor_split(5) if len(group)]
+    middles = [max(1.0, float(actions[group].float().median())) for group in groups]
+    for number, one in enumerate(judged):
+        means = [_mean_of(one, group) for group in groups]
+        _line(axes, number, middles, torch.tensor(means), one.name, marker="o", markersize=3)
+    axes.set_xscale("log")
+    axes.set_ylim(bottom=0)
+    _legend(axes)
+    return figure
+
+
+def _mean_of(judged: Judged, users: Tensor) -> float:
+    present = judged.present[users]
+    return float((judged.recall[users] * present).sum() / present.sum())
+
+
+def _coverage(data: Dataset, judged: Sequence[Judged]) -> Figure:
+    figure, axes = _axes("share of the corpus", f"share of everybody's first {K}")
+    for number, one in enumerate(judged):
+        if one.lists is None:
+            continue
+        shown = one.lists.items[:, :K][one.lists.valid[:, :K]]
+        counts = torch.unique(shown, return_counts=True)[1].sort(descending=True).values.cumsum(0)
+        share = torch.arange(1, len(counts) + 1) / len(data.corpus)
+        _line(axes, number, share, counts / counts[-1], one.name)
+    axes.axhline(0.9, color="#888", linewidth=0.8, linestyle=":")
+    axes.set_xscale("log")
+    _legend(axes)
+    return figure
+
+
+def _curves(values: dict[str, list[float]], name: str) -> Figure:
+    figure, axes = _axes("step", name)
+    for number, (label, curve) in enumerate(values.items()):
+        if curve:
+            blocks = torch.tensor(curve).split(20)
+            steps = torch.tensor([len(block) for block in blocks]).cumsum(0)
+            _line(axes, number, steps, torch.stack([block.mean() for block in blocks]), label)
+    _legend(axes)
+    return figure
