@@ -38,6 +38,15 @@ def test_weights_keep_their_dtype_and_gradient():
     assert rank_weights(torch.ones(3, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
+def test_alone_gathering_returns_the_rows_without_gradient():
+    x = torch.rand(3, 2, requires_grad=True)
+    gathered, sizes = all_gather_ragged(x)
+    assert torch.equal(gathered, x)
+    assert not gathered.requires_grad
+    assert sizes == [3]
+    assert group_size() == 1
+
+
 def test_compiles_to_one_graph():
     def both(users):
         return rank_weights(equal_user_weights(users))
