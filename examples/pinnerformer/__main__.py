@@ -7,6 +7,7 @@ import os
 import pathlib
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.distributed as dist
@@ -36,7 +37,9 @@ class Options:
     sasrec_steps: int | None = None
     """Steps of each of the two SASRec baselines; 0: leave them out; default: as many as --steps."""
     threads: int = 1
-    """CPU threads."""
+    """CPU threads of each model."""
+    jobs: int = 2
+    """Models trained at a time; 1 under torchrun."""
 
 
 def main(options: Options) -> None:
@@ -53,7 +56,7 @@ def main(options: Options) -> None:
             f"{data.name}: {len(data.train)} users to train on, {len(data.judged)} to judge, "
             f"{len(data.corpus)} items to retrieve"
         )
-        models = {name: _trained(console, data, options, name, changed) for name, changed in _models(options)}
+        models = _train_all(console, data, options, jobs=options.jobs if ranks == 1 else 1)
         if ranks == 1 or dist.get_rank() == 0:
             _report(console, data, options, models, began)
         if ranks > 1:
@@ -72,7 +75,7 @@ def _models(options: Options) -> Iterator[tuple[str, TrainOptions]]:
         yield "SASRec, BCE", dataclasses.replace(sasrec, loss="bce")
 
 
-def _trained(console: Console, data: Dataset, options: Options, name: str, changed: TrainOptions) -> Trained:
+def _train_all(console: Console, data: Dataset, options: Options, *, jobs: int) -> dict[str, Trained]:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -80,22 +83,28 @@ def _trained(console: Console, data: Dataset, options: Options, name: str, chang
         TimeRemainingColumn(),
         TextColumn("loss {task.fields[loss]:.3f}"),
     )
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task(name, total=changed.steps, loss=float("nan"))
-        return train(
-            data,
-            options.model,
-            changed,
-            path=options.out / f"{name.lower().replace(', ', '-')}.pt",
-            resume=options.resume,
-            save_every=options.save_every,
-            on_step=lambda step, loss: progress.update(task, completed=step, loss=loss),
-        )
+    with Progress(*columns, console=console) as progress, ThreadPoolExecutor(jobs) as pool:
+
+        def run(name: str, changed: TrainOptions) -> Trained:
+            task = progress.add_task(name, total=changed.steps, loss=float("nan"))
+            return train(
+                data,
+                options.model,
+                changed,
+                path=options.out / f"{name.lower().replace(', ', '-')}.pt",
+                resume=options.resume,
+                save_every=options.save_every,
+                on_step=lambda step, loss: progress.update(task, completed=step, loss=loss),
+            )
+
+        running = {name: pool.submit(run, name, changed) for name, changed in _models(options)}
+        return {name: future.result() for name, future in running.items()}
 
 
 def _methods(data: Dataset, options: Options, models: dict[str, Trained]) -> dict[str, evaluate.Method]:
     max_len = options.model.max_len
-    few, many = (baselines.PinnerSage(data, num_clusters=count) for count in (5, 20))
+    near = baselines.Neighbours(data)
+    few, many = (baselines.PinnerSage(data, near, num_clusters=count) for count in (5, 20))
     scores = {
         "popularity, 28 days": baselines.popularity(data),
         "own most recent": baselines.own_most_recent(data),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import numpy as np
@@ -12,7 +11,7 @@ from torch import Tensor
 
 import recblocks
 from examples.pinnerformer.data import Dataset, actions_of
-from examples.pinnerformer.evaluate import LIST, Answer, Method, Window
+from examples.pinnerformer.evaluate import LIST, Answer, Method, Window, by_lists, ranks_in
 from recblocks import Timelines
 
 POPULARITY_DAYS = 28
@@ -70,20 +69,38 @@ def frequent_and_popular(data: Dataset, *, popular: float = 100.0) -> Callable[[
     return scores
 
 
+class Neighbours:
+    """The nearest items of an item by content; each is looked up once, whoever asks."""
+
+    def __init__(self, data: Dataset) -> None:
+        self.content = torch.nn.functional.normalize(data.content, dim=1)
+        self.corpus = self.content[data.corpus]
+        self._place = torch.full((len(self.content),), -1)
+        self._lists = recblocks.TopK(
+            torch.empty(0, LIST, dtype=torch.int64), torch.empty(0, LIST), torch.empty(0, LIST, dtype=torch.bool)
+        )
+
+    def of(self, items: Tensor) -> recblocks.TopK:
+        """(Q, 50) nearest corpus places of items (Q,), nearest first."""
+        new = torch.unique(items[self._place[items] < 0])
+        found = recblocks.retrieve(self.content[new], self.corpus, k=LIST)
+        self._place[new] = torch.arange(len(new)) + len(self._lists.items)
+        self._lists = recblocks.TopK(*(torch.cat(parts) for parts in zip(self._lists, found, strict=True)))
+        return recblocks.TopK(*(part[self._place[items]] for part in self._lists))
+
+
 class PinnerSage:
     """Medoids of Ward clusters of what a user acted on in the last 90 days, the weightiest ``num_clusters`` of them.
 
-    A cluster weighs the sum of exp(-0.01 days) over its actions. Items are compared by ``content``.
+    A cluster weighs the sum of exp(-0.01 days) over its actions. Items are compared by content.
     """
 
-    def __init__(self, data: Dataset, *, num_clusters: int, days: int = 90) -> None:
+    def __init__(self, data: Dataset, near: Neighbours, *, num_clusters: int, days: int = 90) -> None:
         self.data = data
+        self.near = near
+        self.content = near.content
         self.num_clusters = num_clusters
         self.days = days
-        self.content = torch.nn.functional.normalize(data.content[:, data.identity_dim :], dim=1)
-        if data.content.shape[1] == data.identity_dim:
-            self.content = data.content
-        self.corpus = self.content[data.corpus]
 
     def medoids(self, window: Window) -> tuple[Tensor, Tensor]:
         """(U, num_clusters) rows of items, the weightiest cluster first, and which of them there are."""
@@ -121,12 +138,12 @@ class PinnerSage:
 
         def answer(window: Window) -> Answer:
             items, valid = self.medoids(window)
-            embeddings, user = self.content[items], window.positives[0]
-            ranks = torch.full_like(user, len(self.corpus))
+            user, item = window.positives
+            ranks = torch.full_like(user, LIST)
             known = valid.any(1)[user]
-            positives = (user[known], window.positives[1][known])
-            closest = recblocks.closest_embedding(embeddings, self.corpus, positives, valid=valid)
-            ranks[known] = recblocks.retrieval_ranks(embeddings.flatten(0, 1), self.corpus, (closest, positives[1]))
+            positives = (user[known], item[known])
+            closest = recblocks.closest_embedding(self.content[items], self.near.corpus, positives, valid=valid)
+            ranks[known] = ranks_in(self.near.of(items.flatten()[closest]), positives[1])
             return Answer(ranks, None)
 
         return answer
@@ -136,22 +153,12 @@ class PinnerSage:
 
         def answer(window: Window) -> Answer:
             items, valid = self.medoids(window)
-            queries = self.content[items].flatten(0, 1)
-            each = math.ceil(LIST / self.num_clusters) + 5  # a few to spare, as an item is shown once
-            lists = recblocks.retrieve(queries, self.corpus, k=each)
-            shape = (len(items), self.num_clusters, each)
+            lists = self.near.of(items.flatten())
+            shape = (*items.shape, LIST)
             shown = lists.valid.view(shape) & valid[..., None]
-            blend = recblocks.round_robin(lists.items.view(shape), k=LIST, valid=shown)
-            return Answer(_ranks_in(blend, window.positives, len(self.corpus)), blend)
+            return by_lists(recblocks.round_robin(lists.items.view(shape), k=LIST, valid=shown), window)
 
         return answer
-
-
-def _ranks_in(lists: recblocks.TopK, positives: tuple[Tensor, Tensor], num_items: int) -> Tensor:
-    """The place of each positive in its user's list, ``num_items`` where it is not in it."""
-    user, item = positives
-    found = (lists.items[user] == item[:, None]) & lists.valid[user]
-    return torch.where(found.any(1), found.int().argmax(1), num_items)
 
 
 def _positive_places(data: Dataset, timelines: Timelines) -> tuple[Tensor, Tensor, Tensor]:

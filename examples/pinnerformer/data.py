@@ -149,12 +149,16 @@ def _complete_journey(options: DataOptions) -> Dataset:
         identity_dim=bought.shape[1],
         topics=torch.from_numpy(topics),
         corpus=corpus,
-        positive=lambda action: torch.ones_like(action["row"], dtype=torch.bool),
+        positive=_every_purchase,
         num_action_types=3,  # plain, discounted, coupon
         num_surfaces=len(source.stores),
         cut=cut_time,
         num_windows=6,
     )
+
+
+def _every_purchase(action: Mapping[str, Tensor]) -> Tensor:
+    return torch.ones_like(action["time"], dtype=torch.bool)
 
 
 def _product_words(text: dict[str, list[str]]) -> list[str]:

@@ -45,7 +45,7 @@ class Judged:
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """A method's answer for one window: the rank of each positive, and a list of 50 for every user."""
+    """A method's answer for one window: the rank of each positive, exact up to 48, and a list for every user."""
 
     ranks: Tensor
     lists: recblocks.TopK | None
@@ -99,23 +99,37 @@ def by_model(data: Dataset, model: PinnerFormer, *, max_len: int) -> Method:
 
 
 def by_embeddings(users: Tensor, items: Tensor, window: Window) -> Answer:
-    """Rank by inner product; a user without any embedding yet (zeros) is shown nothing."""
-    ranks = recblocks.retrieval_ranks(users, items, window.positives, metric="inner_product")
+    """List by inner product; a user without any embedding yet (zeros) is shown nothing."""
     lists = recblocks.retrieve(users, items, k=LIST, metric="inner_product")
-    return Answer(ranks, lists._replace(valid=lists.valid & users.any(1, keepdim=True)))
+    return by_lists(lists._replace(valid=lists.valid & users.any(1, keepdim=True)), window)
 
 
 def by_scores(scores: Callable[[Window], Tensor]) -> Method:
-    """Rank by scores (U, C); what scores 0 is in nobody's list."""
+    """List by scores (U, C); what scores 0 is in nobody's list."""
 
     def answer(window: Window) -> Answer:
-        values = scores(window)
-        lists = recblocks.top_k(values, k=LIST)
-        return Answer(
-            recblocks.positive_ranks(values, window.positives), lists._replace(valid=lists.valid & (lists.scores > 0))
-        )
+        lists = recblocks.top_k(scores(window), k=LIST)
+        return by_lists(lists._replace(valid=lists.valid & (lists.scores > 0)), window)
 
     return answer
+
+
+def by_lists(lists: recblocks.TopK, window: Window) -> Answer:
+    """Rank by the users' lists."""
+    user, item = window.positives
+    return Answer(ranks_in(recblocks.TopK(*(part[user] for part in lists)), item), lists)
+
+
+def ranks_in(lists: recblocks.TopK, item: Tensor) -> Tensor:
+    """How many others score at least as much as each item (P,) in its list (P, 50); the length where it is not in it.
+
+    An item that a tie keeps out of the list has at least 50 others before it, so this is Recall@10's exact rank rule
+    without comparing every positive with the whole corpus.
+    """
+    found = (lists.items == item[:, None]) & lists.valid
+    own = lists.scores.masked_fill(~found, -torch.inf).amax(1, keepdim=True)
+    rank = ((lists.scores >= own) & lists.valid).sum(1) - 1
+    return torch.where(found.any(1), rank, lists.items.shape[1])
 
 
 def protocol_recall(data: Dataset, model: PinnerFormer, *, protocol: str, max_len: int) -> Judged:

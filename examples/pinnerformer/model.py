@@ -26,7 +26,7 @@ class ModelOptions:
     """Newest actions of a user that are read."""
     item_hidden_dim: int = 384
     """Width inside the item tower."""
-    temperature: float = 0.05
+    temperature: float = 0.015
     """Temperature at the start; it is learned."""
     start: Literal["content", "random"] = "content"
     """"content": before training a user is the mean of their items' content; "random": as torch.nn draws."""

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import math
 import pathlib
+import threading
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -22,6 +23,7 @@ from examples.pinnerformer.infer import model_columns
 from examples.pinnerformer.model import ModelOptions, PinnerFormer, build_model
 from recblocks import CountMinSketch, Examples, TrainingBatches
 
+_BUILDING = threading.Lock()
 OBJECTIVES = {
     "dense_all_action": recblocks.dense_all_action,
     "all_action": recblocks.all_action,
@@ -54,7 +56,7 @@ class TrainOptions:
     """Labels of one sequence (all action, dense all action)."""
     window_days: float = 28.0
     """How far ahead labels lie (all action, dense all action)."""
-    learning_rate: float = 2e-3
+    learning_rate: float = 1e-3
     warmup: int = 20
     """Steps until the learning rate is reached; then it falls as a cosine to 2 % of it."""
     weight_decay: float = 0.01
@@ -94,9 +96,10 @@ def train(
         save_every: steps between two checkpoints; the last step is always saved.
         on_step: called with the number of finished steps and the loss.
     """
-    torch.manual_seed(options.seed)
     device = torch.device(options.device)
-    model = build_model(data, sizes).to(device)
+    with _BUILDING:  # of two models trained at once each draws from its own seed
+        torch.manual_seed(options.seed)
+        model = build_model(data, sizes).to(device)
     optimizer = torch.optim.AdamW(_parameter_groups(model, options.weight_decay), lr=options.learning_rate)
     sketch = CountMinSketch(width=1 << 17, depth=4).to(device)
     batches = _batches(data, sizes, options)
