@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 import math
+import operator
 from collections.abc import Collection
 from types import ModuleType
+from typing import SupportsIndex
 
 import torch
 from torch import Tensor
@@ -67,6 +69,19 @@ def positive_int(name: str, value: object) -> None:
         raise TypeError(f"{name} must be an int, got {describe(value)}")
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def integer(name: str, value: object, *, at_least: int = -(2**63), at_most: int = 2**63 - 1) -> int:
+    """Return an integer of Python, numpy or torch inside the bounds, int64's if none are stated, as an int."""
+    try:
+        if isinstance(value, bool) or not isinstance(value, SupportsIndex):
+            raise TypeError
+        found = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an int, got {describe(value)}") from None
+    if not at_least <= found <= at_most:
+        raise ValueError(f"{name} must be from {at_least} to {at_most}, got {found}")
+    return found
 
 
 def number(

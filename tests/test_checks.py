@@ -1,6 +1,7 @@
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -19,6 +20,13 @@ from recblocks import _checks
         (lambda: _checks.choice("unit", "min", ("s", "ms")), ValueError, ["unit", "'s', 'ms'", "'min'"]),
         (lambda: _checks.positive_int("width", 0), ValueError, ["width", "at least 1", "0"]),
         (lambda: _checks.positive_int("width", True), TypeError, ["width", "int", "True"]),
+        (lambda: _checks.integer("cut", 1.0), TypeError, ["cut", "int", "1.0 (float)"]),
+        (lambda: _checks.integer("cut", True), TypeError, ["cut", "int", "True"]),
+        (lambda: _checks.integer("cut", "1"), TypeError, ["cut", "int", "'1'"]),
+        (lambda: _checks.integer("cut", np.float64(1)), TypeError, ["cut", "int"]),
+        (lambda: _checks.integer("cut", torch.tensor(1.0)), TypeError, ["cut", "int", "float32"]),
+        (lambda: _checks.integer("cut", 2**63), ValueError, ["cut", str(2**63 - 1), f"got {2**63}"]),
+        (lambda: _checks.integer("rank", -1, at_least=0, at_most=3), ValueError, ["rank", "from 0 to 3", "-1"]),
         (lambda: _checks.number("rate", 1.5, above=0, at_most=1), ValueError, ["rate", "above 0", "at most 1", "1.5"]),
         (lambda: _checks.number("rate", float("nan")), ValueError, ["rate", "finite", "nan"]),
         (lambda: _checks.number("rate", "1"), TypeError, ["rate", "number", "'1'"]),
@@ -42,6 +50,9 @@ def test_what_fits_passes():
     _checks.integers("ids", torch.arange(3), None)
     _checks.choice("unit", "s", ("s", "ms"))
     _checks.number("rate", 1, above=0, at_most=1)
+    found = [_checks.integer("cut", 3), _checks.integer("cut", np.int64(3)), _checks.integer("cut", torch.tensor(3))]
+    assert [(one, type(one)) for one in found] == [(3, int)] * 3
+    assert _checks.integer("cut", -(2**63)) == -(2**63)
     assert _checks.optional("math", "") is not None
 
 

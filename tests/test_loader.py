@@ -160,6 +160,11 @@ def test_bad_input(change: dict[str, int], message: str) -> None:
         batches(build(3), **change)
 
 
+def test_until_must_be_an_integer() -> None:
+    with pytest.raises(TypeError, match=r"until must be an int, got 5.0 \(float\)"):
+        batches(build(3), until=5.0)  # type: ignore[arg-type]
+
+
 def test_there_is_no_batch_after_the_last() -> None:
     one = batches(build(9))
     for step in (3, -1):

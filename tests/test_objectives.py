@@ -6,6 +6,7 @@ import functools
 from collections import Counter
 from collections.abc import Callable, Mapping
 
+import numpy as np
 import oracles
 import pytest
 import torch
@@ -426,3 +427,25 @@ def test_bad_anchor_arguments(change: dict[str, object], error: type[Exception],
     good_call: dict[str, object] = {"users": torch.tensor([0]), "fraction": 0.5, "max_sequences": 3}
     with pytest.raises(error, match=message):
         sample_anchors(timelines, **(good_call | change))  # type: ignore[arg-type]
+
+
+CUT = 1_700_000_050  # between this and its neighbours float32 sees no difference
+
+
+@pytest.mark.parametrize("objective", [*OBJECTIVES, dense_all_positives])
+def test_until_is_exact_and_never_a_float(objective: Callable[..., Examples]) -> None:
+    times = torch.tensor([CUT + 1, CUT, CUT - 90])
+    timelines = Timelines.from_arrays(
+        user=torch.zeros(3, dtype=torch.int64), time=times, item=torch.arange(3), unit="s",
+        good=torch.ones(3, dtype=torch.bool),
+    )  # fmt: skip
+    anchors = Anchors(torch.tensor([0]), torch.tensor([2]))
+    for until in (CUT, np.int64(CUT), torch.tensor(CUT)):
+        assert set(call(objective, timelines, anchors, max_len=2, until=until).pair_label.tolist()) == {1}
+    for bad in (float(CUT), np.float32(CUT), True, torch.tensor(float(CUT))):
+        with pytest.raises(TypeError, match="until must be an int, got"):
+            call(objective, timelines, anchors, max_len=2, until=bad)
+        with pytest.raises(TypeError, match="until must be an int, got"):
+            sample_anchors(timelines, torch.tensor([0]), fraction=1.0, max_sequences=2, until=bad)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="until must be from"):
+        call(objective, timelines, anchors, max_len=2, until=2**63)

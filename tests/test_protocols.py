@@ -1,3 +1,4 @@
+import numpy as np
 import oracles
 import pytest
 import torch
@@ -122,6 +123,14 @@ def test_fresher_embeddings_predict_a_drifting_user_better():
     assert recall == {"once": 2 / 14, "daily": 2 / 14, "realtime": 1.0}
 
 
+def test_a_start_out_of_numpy_is_a_start():
+    times = torch.tensor([101, 110])
+    for protocol in PROTOCOLS:
+        window = {"protocol": protocol, "num_days": 2, "day": 10}
+        expected = reference_times(times, start=100, **window)
+        assert torch.equal(reference_times(times, start=np.int64(100), **window), expected)
+
+
 def constant(users, cuts):
     assert users.shape == cuts.shape
     return torch.ones(len(users), 2)
@@ -143,6 +152,8 @@ TIME = torch.tensor([5])
         (lambda: reference_times(TIME, start=5, protocol="once"), ValueError, ["positive_time", "start = 5", "1 of 1"]),
         (lambda: reference_times(TIME.float(), start=0, protocol="once"), TypeError, ["time", "int64", "float32"]),
         (lambda: in_window(TIME, start=0.5), TypeError, ["start", "int", "0.5"]),
+        (lambda: in_window(TIME, start=True), TypeError, ["start", "int", "True"]),
+        (lambda: in_window(TIME, start=2**63), ValueError, ["start", f"got {2**63}"]),
         (lambda: in_window(TIME, start=0, unit="min"), ValueError, ["unit", "'ms'", "'min'"]),
         (lambda: in_window(TIME, start=0, num_days=0), ValueError, ["num_days", "at least 1"]),
         (lambda: in_window(TIME, start=0, day=0), ValueError, ["day", "at least 1"]),

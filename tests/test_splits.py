@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import oracles
 import pytest
 import torch
@@ -89,3 +90,14 @@ def test_bad_input() -> None:
         split_by_user(timelines, held_out=1.5)
     with pytest.raises(TypeError, match="users must be int64"):
         user_shares(torch.tensor([1.0]))
+    for bad in (1.0, True, None):
+        with pytest.raises(TypeError, match="cut must be an int, got"):
+            split_by_time(timelines, bad)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"salt must be an int, got 1\.5"):
+        split_by_user(timelines, held_out=0.5, salt=1.5)  # type: ignore[arg-type]
+
+
+def test_a_cut_and_a_salt_out_of_numpy() -> None:
+    timelines = build([(user, user) for user in range(10)])
+    assert split_by_time(timelines, np.int64(4))[0].num_actions == 5
+    assert torch.equal(user_shares(timelines.users, salt=np.int64(-3)), user_shares(timelines.users, salt=-3))

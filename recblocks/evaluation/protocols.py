@@ -55,8 +55,8 @@ def in_window(time: Tensor, *, start: int, num_days: int = 14, day: int = 86_400
 
     Source: PinnerFormer, section 4.2.2.
     """
-    length = _day(time, start, num_days, day, unit) * num_days
-    return (time > start) & (time <= start + length)
+    start, length = _window(time, start, num_days, day, unit)
+    return (time > start) & (time <= start + num_days * length)
 
 
 def reference_times(
@@ -101,11 +101,11 @@ def reference_times(
             f"positive_time must lie in the window of {num_days} days after start = {start}, "
             f"got {int((~inside).sum())} of {len(inside)} outside; in_window() says which"
         )
+    start, length = _window(positive_time, start, num_days, day, unit)
     if protocol == "once":
         return torch.full_like(positive_time, start)
     if protocol == "realtime":
         return positive_time - 1
-    length = _day(positive_time, start, num_days, day, unit)
     return positive_time - 1 - (positive_time - 1 - start) % length - length
 
 
@@ -216,15 +216,14 @@ def protocol_ranks(
     return JudgedPositives(ranks, users[kept], kept)
 
 
-def _day(time: Tensor, start: int, num_days: int, day: int, unit: str) -> int:
-    """Check the window; then a day in ``unit``."""
+def _window(time: Tensor, start: int, num_days: int, day: int, unit: str) -> tuple[int, int]:
+    """Check the window; then its start, and a day in ``unit``."""
     _checks.integers("time", time, "P")
-    if isinstance(start, bool) or not isinstance(start, int):
-        raise TypeError(f"start must be an int, got {_checks.describe(start)}")
+    start = _checks.integer("start", start)
     _checks.positive_int("num_days", num_days)
     _checks.positive_int("day", day)
     _checks.choice("unit", unit, tuple(_PER_SECOND))
-    return day * _PER_SECOND[unit]
+    return start, day * _PER_SECOND[unit]
 
 
 def _triple(positives: object) -> tuple[Tensor, Tensor, Tensor]:

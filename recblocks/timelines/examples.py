@@ -80,6 +80,8 @@ def sample_anchors(
     _checks.integers("users", users, None)
     _checks.number("fraction", fraction, above=0, at_most=1)
     _checks.positive_int("max_sequences", max_sequences)
+    if until is not None:
+        until = _checks.integer("until", until)
     if users.numel() and not 0 <= int(users.min()) <= int(users.max()) < len(timelines):
         raise ValueError(f"users must be rows in [0, {len(timelines)}), got {int(users.min())} to {int(users.max())}")
     time = timelines.columns["time"]

@@ -307,6 +307,8 @@ def _next_labels(
     generator: torch.Generator | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(row, slot, label) of every valid slot whose random action of the first later event is positive."""
+    if until is not None:
+        until = _checks.integer("until", until)
     time = timelines.columns["time"]
     starts = timelines.starts[anchors.user_row]
     row, slot = valid.nonzero(as_tuple=True)
@@ -339,6 +341,8 @@ def _window_positives(
     Of the slots with a positive in (t, t + window] at most ``max_slots`` a row are drawn, without replacement.
     """
     _checks.number("window_days", window_days, above=0)
+    if until is not None:
+        until = _checks.integer("until", until)
     window = round(window_days * _UNITS_PER_DAY[timelines.unit])
     time = timelines.columns["time"]
     starts = timelines.starts[anchors.user_row]

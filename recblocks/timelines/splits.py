@@ -34,6 +34,7 @@ def split_by_time(timelines: Timelines, cut: int) -> tuple[Timelines, Timelines]
 
     Source: PinnerFormer, section 4.1 (a user's future engagement after the embedding was made).
     """
+    cut = _checks.integer("cut", cut)
     starts, ends = timelines.starts, timelines.ends
     middle = first_at_or_before(timelines.columns["time"], starts, ends, torch.full_like(starts, cut))
     return timelines.view(timelines.users, middle, ends), timelines.view(timelines.users, starts, middle)
@@ -78,5 +79,6 @@ def user_shares(users: Tensor, *, salt: int = 0) -> Tensor:
         torch.Size([2])
     """
     _checks.integers("users", users, None)
+    salt = _checks.integer("salt", salt)
     words = users.numpy().view(np.uint64) ^ np.uint64(mix_integers(salt))
     return torch.from_numpy((mix64(words) >> np.uint64(11)) * 2.0**-53)
