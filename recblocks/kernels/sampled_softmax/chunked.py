@@ -248,9 +248,12 @@ def _setup_weighted_sum(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor,
     ctx.num_own = len(inputs[-3])
     ctx.save_for_backward(*output[1:], *inputs[:7])
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # no zeros in the size of the gradients for outputs nobody differentiates
 
 
-def _backward_weighted_sum(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | list[None] | None, ...]:
+def _backward_weighted_sum(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | list[None] | None, ...]:
+    if grad is None:
+        return *[None] * 8, [None] * ctx.num_own, None, None
     log_sum_exp, *of_columns = ctx.saved_tensors[:5]
     inputs = ctx.saved_tensors[5:]
     *_, positive_logits, weights, pair_queries = inputs
