@@ -39,6 +39,13 @@ def demo(session: nox.Session) -> None:
 
 
 @nox.session
+def worlds(session: nox.Session) -> None:
+    """Train on three simulated worlds, three seeds each, and say which claims of the paper come out (hours)."""
+    install(session, "examples")
+    session.run("python", "-m", "examples.pinnerformer.worlds", *session.posargs, env=ONE_THREAD)
+
+
+@nox.session
 def slow(session: nox.Session) -> None:
     """What the everyday run leaves out: compilation with inductor, memory at 100 million actions."""
     install(session, "test")
