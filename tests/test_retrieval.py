@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from recblocks.evaluation._pairs import unique_pairs
+from recblocks.evaluation.ranking import ndcg_per_user, reciprocal_rank_per_user
 from recblocks.evaluation.retrieval import positive_ranks, recall_at_k, retrieval_ranks, retrieve, top_k
 
 INNER = "inner_product"
@@ -156,10 +157,19 @@ def test_every_user_weighs_the_same_and_repeats_count_once():
 def test_a_broken_score_never_scores():
     nan, inf = math.nan, math.inf
     scores = floats([[nan, nan, nan], [1, nan, 0], [-inf, -inf, 0]])
-    assert positive_ranks(scores, pairs((0, 0), (1, 0), (1, 1), (2, 0))).tolist() == [2, 1, 2, 2]
+    assert positive_ranks(scores, pairs((0, 0), (1, 0), (1, 1), (2, 0))).tolist() == [2**53, 1, 2**53, 2]
     # -inf is a score like others: an excluded item does not tie with it
     assert positive_ranks(scores, pairs((2, 0)), excluded=pairs((2, 1), (2, 2), (2, 1))).tolist() == [0]
-    assert recall_at_k(torch.full((1, 4), nan), torch.eye(4), pairs((0, 0)), k=3) == 0
+    for k in (3, 4, 100):
+        assert recall_at_k(torch.full((1, 4), nan), torch.eye(4), pairs((0, 0)), k=k) == 0
+    broken = torch.eye(4).index_fill(0, torch.tensor(2), nan)
+    assert recall_at_k(torch.eye(4), broken, pairs((0, 2)), k=100) == 0
+    alone = torch.tensor([False, False, True, False])  # nothing else is in the corpus
+    assert recall_at_k(torch.eye(4), broken, pairs((0, 2)), k=1, in_corpus=alone) == 0
+    ranks = positive_ranks(scores, pairs((0, 0)))
+    user = torch.zeros(1, dtype=torch.int64)
+    assert ndcg_per_user(ranks, user, k=100).value == 0
+    assert reciprocal_rank_per_user(ranks, user).value < 1e-15
 
 
 def test_autocast_and_gradients_change_nothing():
@@ -203,6 +213,13 @@ def test_top_k_holds_the_best_allowed_items(world, k, max_elements, metric):
         from_scores = top_k(table, k=k, **options)
         assert torch.equal(from_scores.scores, found.scores)
         assert torch.equal(from_scores.valid, found.valid)
+
+
+def test_the_distance_of_an_item_from_itself_is_never_below_zero():
+    vectors = torch.randn(200, 33) * 10  # twice the product less both norms rounds to either side of 0
+    found = retrieve(vectors, vectors, k=1)
+    assert (found.scores <= 0).all()
+    assert torch.equal(found.items[:, 0], torch.arange(200))
 
 
 def test_scores_of_minus_infinity_and_nan_come_last_but_before_what_is_excluded():

@@ -13,6 +13,8 @@ from recblocks.evaluation._pairs import ItemMask, Pairs, check_pairs, unique_pai
 from recblocks.evaluation.ranking import recall_per_user
 
 METRICS = ("euclidean", "inner_product")
+_NEVER = 2**53
+"""The rank of a positive whose own score is NaN: no list is that long, and a float64 still holds it."""
 
 
 class TopK(NamedTuple):
@@ -61,7 +63,8 @@ def recall_at_k(
 
     Note:
         The paper does not say whether the positive itself, when the corpus holds it, counts against itself; here it
-        does not. A score that is NaN counts against the positive, on either side: a broken embedding never scores.
+        does not. An item whose score is NaN counts against every positive, and a positive whose own score is NaN ranks
+        2^53: a broken embedding never scores, however long the list.
 
     Example:
         >>> users = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
@@ -141,7 +144,7 @@ def positive_ranks(
 ) -> Tensor:
     """`retrieval_ranks` from scores: for models that have no embeddings, popularity or past counts.
 
-    ``rank(q, p) = |{n != p : not scores[q, n] < scores[q, p]}|``.
+    ``rank(q, p) = |{n != p : not scores[q, n] < scores[q, p]}|``, and 2^53 where ``scores[q, p]`` is NaN.
 
     Args:
         scores: (Q, N) floating, larger is better.
@@ -335,7 +338,7 @@ def _block_ranks(scores: Tensor, row: Tensor, item: Tensor, allowed: Tensor | No
     if allowed is not None:
         counts &= allowed if len(allowed) == 1 else allowed[row]
     counts[torch.arange(len(row), device=row.device), item] = False
-    return counts.view(torch.uint8).sum(1, dtype=torch.int64)
+    return counts.view(torch.uint8).sum(1, dtype=torch.int64).masked_fill_(own.isnan(), _NEVER)
 
 
 def _blocked_top_k(
