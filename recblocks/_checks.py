@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import importlib
-import math
 import operator
+import sys
 from collections.abc import Collection
 from types import ModuleType
 from typing import SupportsIndex
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_LARGEST = sys.float_info.max
 
 
 def describe(value: object) -> str:
@@ -59,7 +61,7 @@ def mask(name: str, value: object, *shape: int | str | None) -> None:
 
 def choice(name: str, value: object, options: Collection[object]) -> None:
     """Require one of the listed values."""
-    if value not in options:
+    if value not in tuple(options):
         raise ValueError(f"{name} must be one of {', '.join(map(repr, options))}, got {describe(value)}")
 
 
@@ -97,7 +99,7 @@ def number(
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {describe(value)}")
     inside = (
-        math.isfinite(value)
+        -_LARGEST <= value <= _LARGEST  # an int beyond it has no float
         and (above is None or value > above)
         and (at_least is None or value >= at_least)
         and (below is None or value < below)
@@ -110,8 +112,13 @@ def number(
 
 
 def readable(value: Tensor) -> bool:
-    """Whether a check may look at the numbers: eagerly on a CPU, where it costs no device sync and no graph break."""
-    return value.device.type == "cpu" and not torch.compiler.is_compiling()
+    """Whether a check may look at the numbers: eagerly on a CPU, where it costs no device sync and no graph break.
+
+    Subclasses (FakeTensor, DTensor) and the tensors inside a torch.func transform do not show theirs.
+    """
+    if torch.compiler.is_compiling() or value.device.type != "cpu":
+        return False
+    return type(value) in (Tensor, Parameter) and not torch._C._functorch.is_functorch_wrapped_tensor(value)
 
 
 def offsets(name: str, value: object, total: int) -> None:

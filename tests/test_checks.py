@@ -1,9 +1,11 @@
+import math
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 from recblocks import _checks
 
@@ -18,6 +20,7 @@ from recblocks import _checks
         (lambda: _checks.integers("ids", torch.ones(2), "N"), TypeError, ["ids", "int64", "float32"]),
         (lambda: _checks.mask("valid", torch.ones(2), "N"), TypeError, ["valid", "bool"]),
         (lambda: _checks.choice("unit", "min", ("s", "ms")), ValueError, ["unit", "'s', 'ms'", "'min'"]),
+        (lambda: _checks.choice("unit", ["s"], {"s": 1}), ValueError, ["unit", "'s'", "['s'] (list)"]),
         (lambda: _checks.positive_int("width", 0), ValueError, ["width", "at least 1", "0"]),
         (lambda: _checks.positive_int("width", True), TypeError, ["width", "int", "True"]),
         (lambda: _checks.integer("cut", 1.0), TypeError, ["cut", "int", "1.0 (float)"]),
@@ -29,6 +32,8 @@ from recblocks import _checks
         (lambda: _checks.integer("rank", -1, at_least=0, at_most=3), ValueError, ["rank", "from 0 to 3", "-1"]),
         (lambda: _checks.number("rate", 1.5, above=0, at_most=1), ValueError, ["rate", "above 0", "at most 1", "1.5"]),
         (lambda: _checks.number("rate", float("nan")), ValueError, ["rate", "finite", "nan"]),
+        (lambda: _checks.number("rate", -math.inf), ValueError, ["rate", "finite", "-inf"]),
+        (lambda: _checks.number("rate", 10**400), ValueError, ["rate", "finite", "1000"]),
         (lambda: _checks.number("rate", "1"), TypeError, ["rate", "number", "'1'"]),
         (
             lambda: _checks.optional("no_such_package.part", "pip install it"),
@@ -75,3 +80,33 @@ OPTIONAL = "faiss datasketch datasketches pyarrow pandas lmdb torchrec scipy skl
 def test_the_package_imports_with_every_optional_package_blocked():
     code = f"import sys; sys.modules.update(dict.fromkeys({OPTIONAL.split()!r})); import recblocks"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_numbers_are_read_on_a_cpu_only_and_outside_of_transforms():
+    seen = []
+
+    def look(x):
+        seen.append(_checks.readable(x))
+        return x.sum()
+
+    x = torch.ones(3)
+    look(x)
+    look(torch.nn.Parameter(x))
+    assert seen == [True, True]
+    look(x.to("meta"))
+    torch.func.grad(look)(x)
+    torch.func.vmap(look)(x[None])
+    with FakeTensorMode():
+        look(torch.ones(3))
+    torch.compile(look, backend="eager", fullgraph=True)(x)
+    assert seen[2:] == [False] * 5
+
+
+def test_a_symbolic_number_is_checked_in_one_graph():
+    def scaled(x, rate):
+        _checks.number("rate", rate, above=0, at_most=1)
+        return x * rate
+
+    compiled = torch.compile(scaled, backend="eager", fullgraph=True, dynamic=True)
+    for rate in (0.5, 0.25):
+        assert compiled(torch.ones(1), rate).item() == rate

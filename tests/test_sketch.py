@@ -400,6 +400,14 @@ def test_compiles_to_one_graph(width):
     assert equal(eager, compiled)
 
 
+def test_another_factor_needs_no_graph_break():
+    sketch = filled([(1, 8)])
+    decay = torch.compile(sketch.decay, fullgraph=True, backend="aot_eager")
+    for factor, left in [(0.5, 4), (0.25, 1), (0.125, 0.125)]:
+        decay(factor)
+        assert sketch.query(torch.tensor(1)).item() == left
+
+
 @pytest.mark.cuda
 def test_counters_are_the_same_on_a_gpu():
     ids = torch.randint(LOWEST, HIGHEST, (100_000,)) >> 40
