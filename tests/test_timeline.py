@@ -17,8 +17,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from recblocks import Timelines, TimelinesWriter, write_timelines
+from recblocks.timelines.ranges import expand_ranges, first_at_or_before
 from recblocks.timelines.tables import columns_from_arrow
-from recblocks.timelines.timeline import expand_ranges, first_at_or_before
 
 INT64 = st.integers(-(2**63), 2**63 - 1)
 ROWS = st.lists(
@@ -209,15 +209,87 @@ def test_verify_sees_one_changed_byte(tmp_path: pathlib.Path) -> None:
         Timelines.open(tmp_path, verify=True)
 
 
-def test_verify_sees_actions_out_of_order() -> None:
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=5), st.lists(st.integers(0, 3), min_size=9, max_size=9))
+@example([0, 2, 0, 1], [1, 2, 0, 0, 0, 0, 0, 0, 0])
+def test_times_must_not_rise_inside_a_users_range(lengths: list[int], times: list[int]) -> None:
+    rows = list(range(1, len(lengths), 2))  # between two users lie others' actions
+    ends = torch.tensor(lengths).cumsum(0)
+    total = int(ends[-1])
+    times = (times * 2)[:total]
     timelines = Timelines(
-        torch.tensor([1, 2]), torch.tensor([0, 1]), torch.tensor([1, 3]),
-        {"time": torch.tensor([5, 6, 7]), "item": torch.tensor([1, 2, 3])}, unit="s",
+        torch.tensor(rows, dtype=torch.int64), (ends - torch.tensor(lengths))[rows], ends[rows],
+        {"time": torch.zeros(total, dtype=torch.int64), "item": torch.arange(total)}, unit="s",
     )  # fmt: skip
-    with pytest.raises(ValueError, match="from the newest to the oldest"):
-        timelines._verify_order()
-    timelines.columns["time"][1] = 7
-    timelines._verify_order()
+    bounds = zip(timelines.starts.tolist(), timelines.ends.tolist(), strict=True)
+    time = torch.tensor(times, dtype=torch.int64)
+    if all(times[i] <= times[i - 1] for start, end in bounds for i in range(start + 1, end)):
+        assert timelines.with_columns(time=time).columns["time"] is time
+    else:
+        with pytest.raises(ValueError, match="time must run from each user's newest action to the oldest, got user"):
+            timelines.with_columns(time=time)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"users": torch.tensor([2, 1])}, ValueError, "users must be strictly ascending, got 2 before 1"),
+        ({"users": torch.tensor([1, 1])}, ValueError, "users must be strictly ascending, got 1 before 1"),
+        ({"users": torch.tensor([1.0, 2.0])}, TypeError, "users must be int64"),
+        (
+            {"starts": torch.tensor([-1, 1])},
+            ValueError,
+            r"starts must .* inside the 3 actions.* got \[-1, 1\) for row 0",
+        ),
+        ({"starts": torch.tensor([2, 1])}, ValueError, r"starts must .* got \[2, 1\) for row 0"),
+        ({"starts": torch.tensor([0, 0])}, ValueError, r"starts must .* after the ranges .* got \[0, 3\) for row 1"),
+        ({"ends": torch.tensor([1, 4])}, ValueError, r"ends must .* got \[1, 4\) for row 1"),
+        ({"ends": torch.tensor([1])}, ValueError, r"ends must have shape \(2\)"),
+        ({"item": torch.arange(2)}, ValueError, r"columns\['item'\] must have shape \(3\)"),
+        ({"extra": torch.ones(4)}, ValueError, r"columns\['extra'\] must have shape \(3\)"),
+        ({"extra": np.ones(3)}, TypeError, r"columns\['extra'\] must be a torch\.Tensor"),
+        ({"a/b": torch.ones(3)}, ValueError, "name must be an identifier other than 'user' and 'unit', got 'a/b'"),
+    ],
+)
+def test_bounds_and_columns_that_do_not_fit(change: dict[str, object], error: type[Exception], message: str) -> None:
+    good: dict[str, object] = {
+        "users": torch.tensor([1, 2]), "starts": torch.tensor([0, 1]), "ends": torch.tensor([1, 3]),
+        "time": torch.tensor([5, 7, 6]), "item": torch.arange(3),
+    }  # fmt: skip
+    given = good | change
+    with pytest.raises(error, match=message):
+        Timelines(*(given.pop(name) for name in ("users", "starts", "ends")), given, unit="s")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("on_disk", [True, False])
+def test_columns_added_or_replaced_reach_another_process(tmp_path: pathlib.Path, on_disk: bool) -> None:
+    timelines = Timelines.from_arrays(**small(), unit="s")
+    if on_disk:
+        timelines = timelines.save(tmp_path)
+    row, item = torch.arange(50), timelines.columns["item"] * 2
+    changed = timelines.with_columns(row=row, item=item)
+    assert changed.columns["row"] is row
+    assert changed.columns["time"] is timelines.columns["time"]
+    assert "row" not in timelines.columns
+    for sent in (
+        changed,
+        changed.select(torch.tensor([1, 4])),
+        changed.select(torch.tensor([2])).with_columns(row=item),
+    ):
+        again = pickle.loads(pickle.dumps(sent))
+        assert list(again.columns) == list(sent.columns)
+        assert all(torch.equal(again.columns[name], sent.columns[name]) for name in sent.columns)
+        assert [again.users.tolist(), again.starts.tolist(), again.ends.tolist()] == [
+            sent.users.tolist(), sent.starts.tolist(), sent.ends.tolist(),
+        ]  # fmt: skip
+    if on_disk:
+        other = timelines.with_columns(row=row)
+        assert len(pickle.dumps(other)) < len(pickle.dumps(timelines)) + 8 * 50 + 1000, "the rest is opened, not sent"
+    with pytest.raises(TypeError, match="item assignment"):
+        timelines.columns["row"] = row  # type: ignore[index]
+    with pytest.raises(ValueError, match=r"columns\['row'\] must have shape \(50\)"):
+        timelines.with_columns(row=torch.arange(49))
+    with pytest.raises(TypeError, match=r"columns\['item'\] must be int64"):
+        timelines.with_columns(item=torch.ones(50))
 
 
 def test_reading_changes_nothing_and_writing_does_not_reach_the_disk(tmp_path: pathlib.Path) -> None:
@@ -266,8 +338,8 @@ def test_a_subset_can_be_saved(tmp_path: pathlib.Path) -> None:
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        (torch.tensor([2, 1]), "strictly ascending"),
-        (torch.tensor([1, 1]), "strictly ascending"),
+        (torch.tensor([2, 1]), "rows must be strictly ascending, got 2 before 1"),
+        (torch.tensor([1, 1]), "rows must be strictly ascending, got 1 before 1"),
         (torch.tensor([-1, 1]), r"rows must be in \[0, 8\), got -1 to 1"),
         (torch.tensor([8]), r"rows must be in \[0, 8\), got 8 to 8"),
         (torch.ones(3, dtype=torch.bool), "rows must have shape"),
@@ -329,7 +401,7 @@ def test_nulls_in_arrow_become_masks() -> None:
         ({"item": np.array([[1, 2]])}, ValueError, r"item must have shape \(any\), got an array of shape \(1, 2\)"),
         ({"item": np.ma.masked_array([1, 2], mask=[True, False])}, ValueError, "item has 1 nulls among 2"),
         ({"extra": np.array(["a", "b"])}, TypeError, "extra must be bool, .* got <U1"),
-        ({"a/b": np.array([1, 2])}, ValueError, "name must be an identifier other than 'user', got 'a/b'"),
+        ({"a/b": np.array([1, 2])}, ValueError, "name must be an identifier other than 'user' and 'unit', got 'a/b'"),
     ],
 )
 def test_bad_input(tmp_path: pathlib.Path, change: dict[str, object], error: type[Exception], message: str) -> None:

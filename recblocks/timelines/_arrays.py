@@ -17,6 +17,12 @@ DTYPES = ("bool", "uint8", "int8", "int16", "int32", "int64", "float16", "float3
 _INT64 = np.iinfo(np.int64)
 
 
+def check_name(name: object) -> None:
+    """Require a column's name that can be a keyword of ``write_timelines`` and part of a file's name."""
+    if not isinstance(name, str) or not name.isidentifier() or name in ("user", "unit"):
+        raise ValueError(f"a column's name must be an identifier other than 'user' and 'unit', got {name!r}")
+
+
 def split_nulls(name: str, value: object) -> tuple[Array, Array]:
     """Return a vector and which of its entries are null (masked, or NaT)."""
     if isinstance(value, torch.Tensor):
@@ -87,8 +93,7 @@ def check_actions(
     times = as_time("time", without_nulls("time", time), unit)
     arrays = {"item": as_int64("item", without_nulls("item", item))}
     for name, value in columns.items():
-        if not name.isidentifier() or name == "user":
-            raise ValueError(f"a column's name must be an identifier other than 'user', got {name!r}")
+        check_name(name)
         arrays[name] = as_column(name, without_nulls(name, value))
     for name, array in {"time": times, **arrays}.items():
         if array.shape != users.shape:

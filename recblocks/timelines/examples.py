@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from recblocks import _checks
-from recblocks.timelines.timeline import Timelines, expand_ranges, first_at_or_before
+from recblocks.timelines.ranges import expand_ranges, first_at_or_before
+from recblocks.timelines.timeline import Timelines
 
 
 class Anchors(NamedTuple):

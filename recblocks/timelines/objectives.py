@@ -9,7 +9,8 @@ from torch import Tensor
 
 from recblocks import _checks
 from recblocks.timelines.examples import Anchors, Examples, sample_within, uniform
-from recblocks.timelines.timeline import Timelines, expand_ranges, first_at_or_before
+from recblocks.timelines.ranges import expand_ranges, first_at_or_before
+from recblocks.timelines.timeline import Timelines
 
 Positive = Callable[[Mapping[str, Tensor]], Tensor]
 """Says which actions are positive, from their columns: ``lambda action: action["duration"] > 10``."""
@@ -256,7 +257,7 @@ def dense_all_positives(
 class _Gathered(Mapping[str, Tensor]):
     """Columns at given indices, each read when it is asked for."""
 
-    def __init__(self, columns: dict[str, Tensor], index: Tensor) -> None:
+    def __init__(self, columns: Mapping[str, Tensor], index: Tensor) -> None:
         self._columns = columns
         self._index = index
 

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from recblocks import _checks
 from recblocks.timelines._hashing import mix64, mix_integers
-from recblocks.timelines.timeline import Timelines, first_at_or_before
+from recblocks.timelines.ranges import first_at_or_before
+from recblocks.timelines.timeline import Timelines
 
 
 def split_by_time(timelines: Timelines, cut: int) -> tuple[Timelines, Timelines]:

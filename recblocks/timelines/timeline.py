@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import pathlib
-from collections.abc import Iterable
-from typing import Any
+import types
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,53 +14,15 @@ from torch import Tensor
 
 from recblocks import _checks
 from recblocks.timelines import _arrays, storage
+from recblocks.timelines.ranges import check_ascending, check_bounds, expand_ranges
 
 
-def expand_ranges(starts: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
-    """List the integers of many ranges, one range after the other.
+class _Folder(NamedTuple):
+    """Where opened timelines lie, and the tensors that another process gets by opening them too."""
 
-    Args:
-        starts: (R,) int64 first integer of each range.
-        ends: (R,) int64 one past the last; where it is not above the start the range is empty.
-
-    Returns:
-        (T,) which range each integer belongs to, and (T,) the integers.
-
-    Example:
-        >>> expand_ranges(torch.tensor([5, 0, 2]), torch.tensor([7, 0, 3]))
-        (tensor([0, 0, 2]), tensor([5, 6, 2]))
-    """
-    lengths = (ends - starts).clamp(min=0)
-    row = torch.repeat_interleave(lengths)
-    before = lengths.cumsum(0) - lengths
-    return row, torch.arange(row.shape[0]) + (starts - before)[row]
-
-
-def first_at_or_before(time: Tensor, low: Tensor, high: Tensor, limit: Tensor) -> Tensor:
-    """Find the first i in [low, high) with time[i] <= limit, or high; a binary search in every range at once.
-
-    Args:
-        time: (N,) int64, falling or level inside each range.
-        low: (Q,) int64 first index of each range.
-        high: (Q,) int64 one past the last index of each range, not below ``low``.
-        limit: (Q,) int64, in the unit of ``time``.
-
-    Returns:
-        (Q,) int64.
-
-    Example:
-        >>> time = torch.tensor([9, 7, 7, 4])
-        >>> first_at_or_before(time, torch.tensor([0, 0]), torch.tensor([4, 4]), torch.tensor([8, 3]))
-        tensor([1, 4])
-    """
-    longest = int((high - low).amax()) if low.numel() else 0
-    last = max(time.shape[0] - 1, 0)
-    for _ in range(longest.bit_length()):
-        middle = (low + high) >> 1
-        later = time[middle.clamp(max=last)] > limit
-        low = torch.where(later, middle + 1, low).minimum(high)
-        high = torch.where(later, high, middle)
-    return low
+    path: pathlib.Path
+    bounds: tuple[Tensor, Tensor, Tensor]
+    columns: Mapping[str, Tensor]
 
 
 class Timelines:
@@ -69,14 +32,17 @@ class Timelines:
     whose newest action is i. Rows with equal time stand in the order in which they came. Opened from disk the columns
     are memory-mapped: they cost no memory of the process until they are read, and then only pages that the system may
     drop.
-    A subset (``select``, ``split_by_time``, ``split_by_user``) shares the columns.
+    A subset (``select``, ``split_by_time``, ``split_by_user``) shares the columns. Another process, such as a
+    DataLoader's worker, opens the same folder and receives only the tensors that are not the folder's; so what is
+    written into an opened column stays in this process, while ``with_columns`` reaches the others.
 
     Attributes:
         unit: "s" or "ms", the unit of ``columns["time"]``.
         users: (U,) int64 raw user ids, ascending.
         starts: (U,) int64 first action of each user.
         ends: (U,) int64 one past the last action of each user.
-        columns: (N,) tensors by name; ``time`` and ``item`` are int64 and always there.
+        columns: (N,) tensors by name, read-only; ``time`` and ``item`` are int64 and always there. ``with_columns``
+            adds some.
 
     Example:
         >>> timelines = Timelines.from_arrays(
@@ -93,10 +59,9 @@ class Timelines:
         users: Tensor,
         starts: Tensor,
         ends: Tensor,
-        columns: dict[str, Tensor],
+        columns: Mapping[str, Tensor],
         *,
         unit: str,
-        path: pathlib.Path | None = None,
     ) -> None:
         _checks.choice("unit", unit, _arrays.UNITS)
         _checks.integers("users", users, None)
@@ -106,13 +71,16 @@ class Timelines:
             if name not in columns:
                 raise ValueError(f"columns must hold {name!r}, got {sorted(columns)}")
             _checks.integers(f"columns[{name!r}]", columns[name], None)
+        for name, column in columns.items():
+            _arrays.check_name(name)
+            _checks.tensor(f"columns[{name!r}]", column, columns["time"].shape[0])
+        check_bounds(users, starts, ends, columns["time"].shape[0])
         self.unit = unit
         self.users = users
         self.starts = starts
         self.ends = ends
-        self.columns = columns
-        self._path = path  # where the columns lie, so that another process opens them instead of receiving a copy
-        self._whole = False
+        self.columns: Mapping[str, Tensor] = types.MappingProxyType(dict(columns))
+        self._folder: _Folder | None = None
 
     @classmethod
     def from_arrays(cls, *, user: object, time: object, item: object, unit: str, **columns: object) -> Timelines:
@@ -186,18 +154,30 @@ class Timelines:
         """
         folder = pathlib.Path(path)
         unit, users, offsets, columns = storage.read(folder, verify=verify)
-        timelines = cls(users, offsets[:-1], offsets[1:], columns, unit=unit, path=folder.resolve())
-        timelines._whole = True
-        if verify:
-            timelines._verify_order()
+        try:
+            timelines = cls(users, offsets[:-1], offsets[1:], columns, unit=unit)
+            if verify:
+                timelines._check_order()
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{folder} is damaged: {error}") from error
+        bounds = (timelines.users, timelines.starts, timelines.ends)
+        timelines._folder = _Folder(folder.resolve(), bounds, timelines.columns)
         return timelines
 
-    def _verify_order(self) -> None:
-        time, users = self.columns["time"], self.users
-        later = torch.nonzero(time[1:] > time[:-1]).squeeze(1) + 1
-        newest = torch.isin(later, self.starts)
-        if not (bool(newest.all()) and bool((self.ends > self.starts).all()) and bool((users[1:] > users[:-1]).all())):
-            raise ValueError(f"{self._path}: users must ascend, each one's actions run from the newest to the oldest")
+    def _check_order(self) -> None:
+        """Require that each user's times never rise."""
+        time = self.columns["time"]
+        rises = torch.nonzero(time[1:] > time[:-1]).squeeze(1) + 1
+        row = torch.searchsorted(self.starts, rises, right=True) - 1
+        inside = row >= 0
+        row, rises = row[inside], rises[inside]
+        inside = (self.starts[row] < rises) & (rises < self.ends[row])
+        if bool(inside.any()):
+            user, at = int(self.users[row[inside][0]]), int(rises[inside][0])
+            raise ValueError(
+                f"time must run from each user's newest action to the oldest, got user {user} with "
+                f"{int(time[at - 1])} before {int(time[at])}, action {at}"
+            )
 
     @property
     def offsets(self) -> Tensor:
@@ -230,15 +210,44 @@ class Timelines:
             _checks.mask("rows", rows, len(self))
             rows = torch.nonzero(rows).squeeze(1)
         _checks.integers("rows", rows, None)
-        if not bool((rows[1:] > rows[:-1]).all()):
-            raise ValueError("rows must be strictly ascending")
+        check_ascending("rows", rows)
         if rows.numel() and not 0 <= int(rows[0]) <= int(rows[-1]) < len(self):
             raise ValueError(f"rows must be in [0, {len(self)}), got {int(rows[0])} to {int(rows[-1])}")
         return self.view(self.users[rows], self.starts[rows], self.ends[rows])
 
     def view(self, users: Tensor, starts: Tensor, ends: Tensor) -> Timelines:
         """Return timelines over the same columns with other users or bounds."""
-        return Timelines(users, starts, ends, self.columns, unit=self.unit, path=self._path)
+        return self._like(users, starts, ends, self.columns)
+
+    def with_columns(self, /, **columns: Tensor) -> Timelines:
+        """Return timelines of the same users with columns added or replaced; all others are shared.
+
+        Args:
+            columns: (N,) tensors by name, one entry for each action of ``columns["time"]``, other users' included.
+
+        Returns:
+            The timelines. Another process receives these columns and opens the rest.
+
+        Raises:
+            TypeError, ValueError: a column is no tensor or of another length, a name is no identifier, or ``time`` is
+                not newest first.
+
+        Example:
+            >>> timelines = Timelines.from_arrays(
+            ...     user=torch.tensor([7, 7]), time=torch.tensor([1, 2]), item=torch.tensor([50, 60]), unit="s"
+            ... )
+            >>> timelines.with_columns(row=timelines.columns["item"] // 10).columns["row"]
+            tensor([6, 5])
+        """
+        timelines = self._like(self.users, self.starts, self.ends, {**self.columns, **columns})
+        if "time" in columns:
+            timelines._check_order()
+        return timelines
+
+    def _like(self, users: Tensor, starts: Tensor, ends: Tensor, columns: Mapping[str, Tensor]) -> Timelines:
+        timelines = Timelines(users, starts, ends, columns, unit=self.unit)
+        timelines._folder = self._folder
+        return timelines
 
     def rows_of(self, user_ids: Tensor) -> Tensor:
         """Return the row of each raw user id, -1 where the user is not here; any shape."""
@@ -259,19 +268,26 @@ class Timelines:
         return write_timelines(path, user=self.users[row], unit=self.unit, **columns)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        if self._path is None:
-            return _restore, (self.users, self.starts, self.ends, self.columns, self.unit)
-        if self._whole:
-            return Timelines.open, (self._path,)
-        return _reopen, (self._path, self.users, self.starts, self.ends)
+        bounds = (self.users, self.starts, self.ends)
+        if self._folder is None:
+            return _restore, (bounds, dict(self.columns), self.unit)
+        opened = self._folder.columns
+        columns = {name: None if column is opened.get(name) else column for name, column in self.columns.items()}
+        same = all(one is other for one, other in zip(bounds, self._folder.bounds, strict=True))
+        return _reopen, (self._folder.path, None if same else bounds, columns)
 
 
-def _restore(users: Tensor, starts: Tensor, ends: Tensor, columns: dict[str, Tensor], unit: str) -> Timelines:
-    return Timelines(users, starts, ends, columns, unit=unit)
+def _restore(bounds: tuple[Tensor, Tensor, Tensor], columns: dict[str, Tensor], unit: str) -> Timelines:
+    return Timelines(*bounds, columns, unit=unit)
 
 
-def _reopen(path: pathlib.Path, users: Tensor, starts: Tensor, ends: Tensor) -> Timelines:
-    return Timelines.open(path).view(users, starts, ends)
+def _reopen(
+    path: pathlib.Path, bounds: tuple[Tensor, Tensor, Tensor] | None, columns: dict[str, Tensor | None]
+) -> Timelines:
+    """Timelines of a folder, with other bounds or columns; a column that is None is the folder's."""
+    opened = Timelines.open(path)
+    own = {name: opened.columns[name] if column is None else column for name, column in columns.items()}
+    return opened._like(*(bounds or (opened.users, opened.starts, opened.ends)), own)
 
 
 def write_timelines(
