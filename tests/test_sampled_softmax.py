@@ -1,4 +1,5 @@
 import contextlib
+import functools
 import math
 
 import oracles
@@ -8,6 +9,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from recblocks import LearnedTemperature, equal_user_weights, own_positive_mask, sampled_softmax_loss
 from recblocks.kernels import dispatch
@@ -112,9 +114,9 @@ def leaves(embeddings, keywords):
     return embeddings, keywords, [*embeddings, *[keywords[name] for name in names if name in keywords]]
 
 
-def gradients(embeddings, keywords, **more):
+def gradients(embeddings, keywords, loss_of=sampled_softmax_loss, **more):
     embeddings, keywords, inputs = leaves(embeddings, keywords)
-    loss = sampled_softmax_loss(*embeddings, **keywords, **more)
+    loss = loss_of(*embeddings, **keywords, **more)
     # Upstream gradients other than 1 tell pairs apart, and find a gradient that forgets them.
     upstream = torch.linspace(2, 0.5, loss.numel(), dtype=loss.dtype).view(loss.shape)
     got = torch.autograd.grad(loss, inputs, upstream, allow_unused=True)
@@ -323,6 +325,21 @@ def test_a_column_masked_for_the_present_rows_may_hold_nan(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_only_the_log_q_of_a_column_masked_for_the_present_rows_may_be_nan(backend):
+    embeddings, keywords = random_case()
+    keywords["weights"] = torch.tensor([1.0, 1, 0, 1, 1, 0], dtype=torch.float64)
+    masked = torch.zeros(6, 9, dtype=torch.bool)
+    masked[keywords["weights"] > 0, 4] = True
+    keywords |= {"own": None, "masked": masked}
+    want_loss, want = gradients(embeddings, keywords, backend=backend)
+    keywords["log_q_negatives"][4] = math.nan
+    loss, got = gradients(embeddings, keywords, backend=backend)
+    torch.testing.assert_close(loss, want_loss)
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.filterwarnings("ignore:Anomaly Detection:UserWarning")
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
 def test_everything_masked_is_0_with_gradient_0(backend, reduction):
     (u, p, n), keywords = random_case()
@@ -332,7 +349,8 @@ def test_everything_masked_is_0_with_gradient_0(backend, reduction):
         (n[:0], None),
     ]:
         more = {"own": None, "masked": masked, "log_q_negatives": keywords["log_q_negatives"][: len(negatives)]}
-        loss, got = gradients((u, p, negatives), keywords | more, reduction=reduction, backend=backend)
+        with torch.autograd.detect_anomaly():
+            loss, got = gradients((u, p, negatives), keywords | more, reduction=reduction, backend=backend)
         assert not loss.any()
         assert not any(one.any() for one in got)
 
@@ -541,6 +559,28 @@ def test_compiles_to_one_graph_with_a_learned_temperature(backend, reduction, pa
     loss = torch.compile(step, fullgraph=True, backend="aot_eager")(*inputs)
     torch.testing.assert_close(loss, want_loss)
     torch.testing.assert_close(torch.autograd.grad(loss, inputs_and_rho), want)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_another_temperature_needs_no_graph_break(backend):
+    embeddings, _ = random_case()
+
+    def loss(u, p, n, tau):
+        return sampled_softmax_loss(u, p, n, temperature=tau, backend=backend)
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=True)
+    for tau in (0.5, 0.25, 0.125):
+        torch.testing.assert_close(compiled(*embeddings, tau), loss(*embeddings, tau))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+def test_activation_checkpointing_gives_the_same_gradients(backend, reduction):
+    embeddings, keywords = random_case()
+    keywords |= {"reduction": reduction, "backend": backend}
+    checkpointed = functools.partial(checkpoint, sampled_softmax_loss, use_reentrant=False)
+    got, want = gradients(embeddings, keywords, loss_of=checkpointed), gradients(embeddings, keywords)
+    torch.testing.assert_close(got, want)
 
 
 @pytest.mark.parametrize("mask", ["none", "masked", "own"])

@@ -139,9 +139,10 @@ def _log_sum_exp(queries: Tensor, pool: chunked.Pool, inverse_temperature: Tenso
         masked = own_positive_mask(own[0], own[1], own[2], own[3])
     if masked is None:
         return torch.logsumexp(logits, dim=1)
-    log_sum_exp = torch.logsumexp(logits.masked_fill_(masked, -torch.inf), dim=1)
-    # In a row of nothing but -inf logsumexp's gradient is NaN; both fills have gradient 0 and let none of it pass.
-    return log_sum_exp.masked_fill(masked.all(1), -torch.inf)
+    # The gradient of a row of nothing but -inf is NaN: its logits become 0, and its result is replaced.
+    empty = masked.all(1)
+    logits = logits.masked_fill_(masked, -torch.inf).masked_fill_(empty[:, None], 0)
+    return torch.logsumexp(logits, dim=1).masked_fill(empty, -torch.inf)
 
 
 class _Present(NamedTuple):

@@ -254,8 +254,8 @@ def _setup_weighted_sum(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor,
 def _backward_weighted_sum(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | list[None] | None, ...]:
     if grad is None:
         return *[None] * 8, [None] * ctx.num_own, None, None
-    log_sum_exp, *of_columns = ctx.saved_tensors[:5]
-    inputs = ctx.saved_tensors[5:]
+    saved = ctx.saved_tensors  # under activation checkpointing they can be read once
+    (log_sum_exp, *of_columns), inputs = saved[:5], saved[5:]
     *_, positive_logits, weights, pair_queries = inputs
     slopes = _pair_slopes(log_sum_exp, positive_logits, weights, pair_queries)
     losses = _pair_losses(log_sum_exp, positive_logits, pair_queries).masked_fill(weights == 0, 0)
