@@ -1,11 +1,9 @@
-"""Timelines: order, disk, tables and bad input."""
+"""Timelines: order, subsets, tables and bad input."""
 
 from __future__ import annotations
 
-import json
 import pathlib
 import pickle
-from collections.abc import Callable
 
 import numpy as np
 import oracles
@@ -16,7 +14,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from recblocks import Timelines, TimelinesWriter, write_timelines
+from recblocks import Timelines, write_timelines
 from recblocks.timelines.ranges import expand_ranges, first_at_or_before
 from recblocks.timelines.tables import columns_from_arrow
 
@@ -88,125 +86,6 @@ def test_first_at_or_before_is_the_scan(users: list[list[int]], limit: int) -> N
     found = first_at_or_before(time, low, ends, torch.full_like(low, limit)) - low
     expected = [next((i for i, t in enumerate(times) if t <= limit), len(times)) for times in falling]
     assert found.tolist() == expected
-
-
-def test_disk_gives_back_every_column_and_dtype(tmp_path: pathlib.Path) -> None:
-    written = write_timelines(tmp_path, **small(), unit="ms")
-    assert equal(written, Timelines.from_arrays(**small(), unit="ms"))
-    assert equal(written, Timelines.open(tmp_path, verify=True))
-    assert written.columns["action_type"].dtype == torch.int8
-    assert written.unit == "ms"
-
-
-def test_torch_and_numpy_are_the_same_input(tmp_path: pathlib.Path) -> None:
-    tensors = {name: torch.from_numpy(column) for name, column in small().items()}
-    assert equal(write_timelines(tmp_path, **tensors, unit="s"), Timelines.from_arrays(**small(), unit="s"))
-
-
-def test_chunks_equal_one_write(tmp_path: pathlib.Path) -> None:
-    columns = small()
-    with TimelinesWriter(tmp_path, unit="s") as writer:
-        for low, high in ((-9, -2), (-2, 0), (0, 0), (0, 9)):
-            rows = (columns["user"] >= low) & (columns["user"] < high)
-            writer.append(**{name: column[rows] for name, column in columns.items()})
-    assert equal(Timelines.open(tmp_path, verify=True), Timelines.from_arrays(**columns, unit="s"))
-
-
-def test_a_chunk_must_come_after_the_last(tmp_path: pathlib.Path) -> None:
-    one = {"time": np.array([1]), "item": np.array([1])}
-    with TimelinesWriter(tmp_path, unit="s") as writer:
-        writer.append(user=np.array([4]), **one)
-        with pytest.raises(ValueError, match="user must come after 4, the last one written, got 4"):
-            writer.append(user=np.array([4]), **one)
-        with pytest.raises(ValueError, match="columns must be those of the first chunk"):
-            writer.append(user=np.array([5]), **one, extra=np.array([1]))
-        with pytest.raises(ValueError, match="columns must be those of the first chunk"):
-            writer.append(user=np.array([5]), **one, order=np.array([1], dtype=np.int16))
-    assert len(Timelines.open(tmp_path)) == 1
-
-
-def test_no_actions_at_all(tmp_path: pathlib.Path) -> None:
-    with TimelinesWriter(tmp_path, unit="s"):
-        pass
-    empty = Timelines.open(tmp_path, verify=True)
-    assert (len(empty), empty.num_actions, empty.offsets.tolist()) == (0, 0, [0])
-    assert empty.rows_of(torch.tensor([3])).tolist() == [-1]
-
-
-def test_a_write_that_failed_is_not_opened(tmp_path: pathlib.Path) -> None:
-    def fail() -> None:
-        with TimelinesWriter(tmp_path, unit="s") as writer:
-            writer.append(user=np.array([4]), time=np.array([1]), item=np.array([1]))
-            raise RuntimeError("killed")
-
-    with pytest.raises(RuntimeError, match="killed"):
-        fail()
-    with pytest.raises(ValueError, match=r"header\.json is missing.*cut off"):
-        Timelines.open(tmp_path)
-    assert equal(write_timelines(tmp_path, **small(), unit="s"), Timelines.from_arrays(**small(), unit="s"))
-    with pytest.raises(FileExistsError, match="already holds timelines"):
-        write_timelines(tmp_path, **small(), unit="s")
-
-
-def cut(path: pathlib.Path) -> None:
-    path.write_bytes(path.read_bytes()[:-1])
-
-
-def lengthen(path: pathlib.Path) -> None:
-    path.write_bytes(path.read_bytes() + b"\0")
-
-
-@pytest.mark.parametrize("name", ["users.bin", "offsets.bin", "column.time.bin", "column.duration.bin"])
-@pytest.mark.parametrize(
-    ("harm", "message"),
-    [(cut, "expected .* bytes, found"), (lengthen, "bytes, found"), (pathlib.Path.unlink, "missing")],
-)
-def test_a_file_of_another_size(
-    tmp_path: pathlib.Path, name: str, harm: Callable[[pathlib.Path], None], message: str
-) -> None:
-    write_timelines(tmp_path, **small(), unit="s")
-    harm(tmp_path / name)
-    with pytest.raises(ValueError, match=f"{name}.*{message}"):
-        Timelines.open(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"version": 2}, r"version 1, found \('recblocks\.timelines', 2\)"),
-        ({"format": "x"}, "found"),
-        ({"files": {}}, "damaged"),
-        ({"files": None}, "damaged"),
-        ({"unit": "h"}, "unit must be one of 's', 'ms', got 'h'"),
-        ({"num_actions": 49}, "must have 49 entries, got 50"),
-    ],
-)
-def test_a_header_that_does_not_fit(tmp_path: pathlib.Path, change: dict[str, object], message: str) -> None:
-    write_timelines(tmp_path, **small(), unit="s")
-    header = tmp_path / "header.json"
-    header.write_text(json.dumps(json.loads(header.read_text()) | change))
-    with pytest.raises(ValueError, match=message):
-        Timelines.open(tmp_path)
-
-
-def test_a_header_cut_short(tmp_path: pathlib.Path) -> None:
-    write_timelines(tmp_path, **small(), unit="s")
-    cut(tmp_path / "header.json")
-    with pytest.raises(ValueError, match=r"header\.json is damaged: expected JSON"):
-        Timelines.open(tmp_path)
-    with pytest.raises(FileNotFoundError, match="no such folder"):
-        Timelines.open(tmp_path / "nowhere")
-
-
-def test_verify_sees_one_changed_byte(tmp_path: pathlib.Path) -> None:
-    write_timelines(tmp_path, **small(), unit="s")
-    path = tmp_path / "column.item.bin"
-    data = bytearray(path.read_bytes())
-    data[17] ^= 1
-    path.write_bytes(data)
-    Timelines.open(tmp_path)
-    with pytest.raises(ValueError, match=r"column\.item\.bin is damaged: expected checksum"):
-        Timelines.open(tmp_path, verify=True)
 
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=5), st.lists(st.integers(0, 3), min_size=9, max_size=9))
@@ -292,12 +171,6 @@ def test_columns_added_or_replaced_reach_another_process(tmp_path: pathlib.Path,
         timelines.with_columns(item=torch.ones(50))
 
 
-def test_reading_changes_nothing_and_writing_does_not_reach_the_disk(tmp_path: pathlib.Path) -> None:
-    timelines = write_timelines(tmp_path, **small(), unit="s")
-    timelines.columns["item"].fill_(-1)
-    assert equal(Timelines.open(tmp_path, verify=True), Timelines.from_arrays(**small(), unit="s"))
-
-
 @pytest.mark.parametrize("on_disk", [True, False])
 def test_pickle_opens_the_folder_again_and_keeps_a_subset(tmp_path: pathlib.Path, on_disk: bool) -> None:
     timelines = Timelines.from_arrays(**small(), unit="s")
@@ -325,14 +198,6 @@ def test_a_subset_shares_the_columns() -> None:
     with pytest.raises(ValueError, match="use starts and ends"):
         _ = subset.offsets
     assert subset.rows_of(torch.tensor([[int(timelines.users[2]), 77]])).tolist() == [[1, -1]]
-
-
-def test_a_subset_can_be_saved(tmp_path: pathlib.Path) -> None:
-    timelines = Timelines.from_arrays(**small(), unit="s")
-    saved = timelines.select(torch.tensor([1, 3])).save(tmp_path)
-    columns = small()
-    rows = np.isin(columns["user"], timelines.users[[1, 3]].numpy())
-    assert equal(saved, Timelines.from_arrays(**{name: column[rows] for name, column in columns.items()}, unit="s"))
 
 
 @pytest.mark.parametrize(

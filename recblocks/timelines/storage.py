@@ -1,11 +1,14 @@
-"""The folder that holds timelines: one raw little-endian file a column, and a header that is written last."""
+"""The folder that holds timelines, published as a whole: one raw little-endian file a column, and a header."""
 
 from __future__ import annotations
 
 import json
 import os
 import pathlib
+import shutil
+import uuid
 import zlib
+from collections.abc import Mapping
 from types import TracebackType
 from typing import IO, Any
 
@@ -18,7 +21,7 @@ from recblocks.timelines import _arrays
 from recblocks.timelines._arrays import Array
 
 FORMAT = "recblocks.timelines"
-VERSION = 1
+VERSION = 2
 HEADER = "header.json"
 _BLOCK = 1 << 22
 
@@ -26,15 +29,17 @@ _BLOCK = 1 << 22
 class TimelinesWriter:
     """Write timelines to a folder chunk by chunk, in the memory of one chunk.
 
-    A chunk holds whole users, in any order, and every user of a chunk comes after those of the chunks before. The
-    header is written on leaving the ``with`` block without an error, so what was cut off is never opened.
+    A chunk holds whole users, in any order, and every user of a chunk comes after those of the chunks before. Files
+    are written to a hidden folder beside ``path``, which takes its place on leaving the ``with`` block without an
+    error: what was cut off is never opened, and of two writers one fails. A process that is killed leaves the hidden
+    folder behind.
 
     Args:
-        path: a folder, created if need be; one that already holds timelines is refused.
+        path: a folder that is not there yet, or empty.
         unit: "s" or "ms", the unit of ``time``.
 
     Raises:
-        FileExistsError: the folder already holds timelines.
+        FileExistsError: the folder already holds timelines or other files, on construction or by the end.
 
     Example:
         >>> import tempfile
@@ -49,16 +54,15 @@ class TimelinesWriter:
 
     def __init__(self, path: str | os.PathLike[str], *, unit: str) -> None:
         _checks.choice("unit", unit, _arrays.UNITS)
-        self._folder = pathlib.Path(path)
-        self._folder.mkdir(parents=True, exist_ok=True)
-        if (self._folder / HEADER).exists():
-            raise FileExistsError(f"{self._folder} already holds timelines; remove the folder or choose another")
+        self._folder = pathlib.Path(path).resolve()
+        self._part = self._folder.with_name(f".{self._folder.name}-{uuid.uuid4().hex}.part")
+        self._refuse_what_is_there()
         self._unit = unit
         self._files: dict[str, _ColumnFile] = {}
         self._num_actions = 0
         self._last_user: int | None = None
 
-    def append(self, *, user: object, time: object, item: object, **columns: object) -> None:
+    def append(self, /, *, user: object, time: object, item: object, **columns: object) -> None:
         """Write the actions of further users; arguments as for ``write_timelines``.
 
         Raises:
@@ -66,7 +70,23 @@ class TimelinesWriter:
                 chunk.
         """
         users, times, arrays = _arrays.check_actions(user, time, item, self._unit, columns)
-        ids, offsets, ordered = _arrays.group_actions(users, times, arrays)
+        self._append(*_arrays.group_actions(users, times, arrays))
+
+    def append_timelines(self, users: Tensor, lengths: Tensor, columns: Mapping[str, Tensor]) -> None:
+        """Write further users whose actions lie in order already; unlike ``append``'s, a user may have none.
+
+        Args:
+            users: (U,) int64 raw ids, ascending.
+            lengths: (U,) int64 actions of each user.
+            columns: (N,) tensors by name, ``time`` and ``item`` among them, by user, then newest first.
+
+        Raises:
+            ValueError: as ``append``.
+        """
+        arrays = {name: _arrays.as_column(name, _arrays.without_nulls(name, one)) for name, one in columns.items()}
+        self._append(users.numpy(), np.append(0, lengths.cumsum(0).numpy()), arrays)
+
+    def _append(self, ids: Array, offsets: Array, ordered: dict[str, Array]) -> None:
         if ids.size and self._last_user is not None and ids[0] <= self._last_user:
             raise ValueError(f"user must come after {self._last_user}, the last one written, got {ids[0]}")
         chunk = {"users": ids, "offsets": offsets[1:] + self._num_actions}
@@ -74,12 +94,13 @@ class TimelinesWriter:
         self._open_files(chunk)
         for key, array in chunk.items():
             self._files[key].write(array)
-        self._num_actions += users.size
+        self._num_actions += int(offsets[-1])
         self._last_user = int(ids[-1]) if ids.size else self._last_user
 
     def _open_files(self, chunk: dict[str, Array]) -> None:
         if not self._files:
-            self._files = {key: _ColumnFile(self._folder / f"{key}.bin", array.dtype) for key, array in chunk.items()}
+            self._part.mkdir(parents=True)
+            self._files = {key: _ColumnFile(self._part / f"{key}.bin", array.dtype) for key, array in chunk.items()}
             self._files["offsets"].write(np.zeros(1, dtype=np.int64))
         written = {key: file.dtype for key, file in self._files.items()}
         given = {key: array.dtype.newbyteorder("<") for key, array in chunk.items()}
@@ -92,13 +113,30 @@ class TimelinesWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None and not self._files:
-            none = np.empty(0, dtype=np.int64)
-            self.append(user=none, time=none, item=none)
-        for file in self._files.values():
-            file.close()
-        if kind is None:
-            self._write_header()
+        try:
+            if kind is None and not self._files:
+                none = np.empty(0, dtype=np.int64)
+                self.append(user=none, time=none, item=none)
+            for file in self._files.values():
+                file.close()
+            if kind is None:
+                self._write_header()
+                self._publish()
+        finally:
+            shutil.rmtree(self._part, ignore_errors=True)
+
+    def _publish(self) -> None:
+        try:
+            self._part.rename(self._folder)  # onto a folder only if that is empty, and then at once
+        except OSError:
+            self._refuse_what_is_there()
+            raise
+
+    def _refuse_what_is_there(self) -> None:
+        if (self._folder / HEADER).exists():
+            raise FileExistsError(f"{self._folder} already holds timelines; remove the folder or choose another")
+        if self._folder.exists() and not (self._folder.is_dir() and next(self._folder.iterdir(), None) is None):
+            raise FileExistsError(f"{self._folder} must be an empty folder, or not be there, but holds something else")
 
     def _write_header(self) -> None:
         header = {
@@ -108,12 +146,10 @@ class TimelinesWriter:
             "num_actions": self._num_actions,
             "files": {key: file.described() for key, file in self._files.items()},
         }
-        temporary = self._folder / f"{HEADER}.part"
-        with temporary.open("w") as file:
-            json.dump(header, file, indent=1)
+        with (self._part / HEADER).open("w") as file:
+            json.dump(header | {"crc32": _header_checksum(header)}, file, indent=1)
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(self._folder / HEADER)
 
 
 class _ColumnFile:
@@ -178,9 +214,17 @@ def _read_header(folder: pathlib.Path) -> Any:
     except ValueError as error:
         raise ValueError(f"{path} is damaged: expected JSON, found {error}") from error
     found = (header.get("format"), header.get("version")) if isinstance(header, dict) else header
-    if found != (FORMAT, VERSION):
+    if found != (FORMAT, VERSION) or type(header["version"]) is not int:
         raise ValueError(f"{path}: expected format {FORMAT!r} version {VERSION}, found {found}")
+    crc, expected = header.pop("crc32", None), _header_checksum(header)
+    if crc != expected:
+        raise ValueError(f"{path} is damaged: expected checksum {expected}, found {crc}")
     return header
+
+
+def _header_checksum(header: dict[str, object]) -> int:
+    """Of everything in the header but the checksum itself."""
+    return zlib.crc32(json.dumps(header, sort_keys=True, separators=(",", ":")).encode())
 
 
 def _map(path: pathlib.Path, dtype: np.dtype[np.generic], size: int, crc: int, verify: bool) -> Tensor:

@@ -127,14 +127,18 @@ class Timelines:
         return cls.from_arrow(tables.read_parquet(path), unit=unit)
 
     def to_arrow(self) -> Any:
-        """Return a pyarrow Table, one row an action, in the order of the timelines; ``from_arrow`` undoes it."""
+        """Return a pyarrow Table, one row an action, in the order of the timelines.
+
+        ``from_arrow`` undoes it, except that users without actions are no rows of a table and so are lost; ``save``
+        keeps them.
+        """
         from recblocks.timelines import tables
 
         row, index = expand_ranges(self.starts, self.ends)
         return tables.arrow_from_columns({"user": self.users[row], **self.gather(index)}, unit=self.unit)
 
     def to_parquet(self, path: str | os.PathLike[str]) -> None:
-        """Write one Parquet file; ``from_parquet`` undoes it."""
+        """Write ``to_arrow()`` to one Parquet file; ``from_parquet`` undoes it, but for users without actions."""
         from recblocks.timelines import tables
 
         tables.write_parquet(self.to_arrow(), path)
@@ -262,10 +266,11 @@ class Timelines:
         return {name: self.columns[name][index] for name in (self.columns if names is None else names)}
 
     def save(self, path: str | os.PathLike[str]) -> Timelines:
-        """Write the users at hand to a folder and open it."""
-        row, index = expand_ranges(self.starts, self.ends)
-        columns: dict[str, object] = dict(self.gather(index))
-        return write_timelines(path, user=self.users[row], unit=self.unit, **columns)
+        """Write the users at hand, those without actions too, to a folder that is not there yet or empty; open it."""
+        _, index = expand_ranges(self.starts, self.ends)
+        with storage.TimelinesWriter(path, unit=self.unit) as writer:
+            writer.append_timelines(self.users, self.ends - self.starts, self.gather(index))
+        return Timelines.open(path)
 
     def __reduce__(self) -> tuple[Any, ...]:
         bounds = (self.users, self.starts, self.ends)
@@ -296,7 +301,7 @@ def write_timelines(
     """Sort actions into timelines, write them to a folder and open it.
 
     Args:
-        path: a folder, created if need be; one that already holds timelines is refused.
+        path: a folder that is not there yet, or empty.
         user: (N,) int64 raw ids, numpy or torch; rows in any order.
         time: (N,) int64 in ``unit``, or numpy datetime64, which is rounded down to the unit.
         item: (N,) int64 raw ids.
@@ -308,7 +313,7 @@ def write_timelines(
         The opened, memory-mapped timelines. For more actions than fit into memory see ``TimelinesWriter``.
 
     Raises:
-        FileExistsError: the folder already holds timelines.
+        FileExistsError: the folder already holds timelines or other files.
         ValueError: a column has nulls or another length.
         TypeError: a column is not of a supported dtype.
 
