@@ -121,6 +121,14 @@ def readable(value: Tensor) -> bool:
     return type(value) in (Tensor, Parameter) and not torch._C._functorch.is_functorch_wrapped_tensor(value)
 
 
+def not_negative(name: str, value: Tensor) -> None:
+    """Require finite numbers of at least 0, where they can be read."""
+    if readable(value):
+        bad = ~((value >= 0) & value.isfinite())
+        if bad.any():
+            raise ValueError(f"{name} must be finite and at least 0, got {value[bad][0].item()!r}")
+
+
 def offsets(name: str, value: object, total: int) -> None:
     """Require (B+1,) int64 offsets of packed sequences: from 0 to ``total``, never descending."""
     integers(name, value, None)

@@ -31,6 +31,11 @@ def test_alone_a_rank_s_weights_are_those_of_a_mean(weights):
     assert got == pytest.approx([w / total if total else 0 for w in weights], rel=1e-13)
 
 
+def test_small_half_precision_weights_do_not_overflow_on_the_way():
+    # Their sum is 4 * 2**-19: a scale of 2**17 is beyond float16, the weights are not.
+    assert rank_weights(torch.full((4,), 2.0**-19, dtype=torch.float16)).tolist() == [0.25] * 4
+
+
 def test_weights_keep_their_dtype_and_gradient():
     weights = torch.rand(5, dtype=torch.float64, requires_grad=True)
     rank_weights(weights)[0].backward()
@@ -100,3 +105,6 @@ def test_bad_arguments_are_named():
         rank_weights(torch.ones(3, dtype=torch.int64))
     with pytest.raises(ValueError, match="weights"):
         rank_weights(torch.ones(()))
+    for bad in (-1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match=f"weights must be finite and at least 0, got {bad}"):
+            rank_weights(torch.tensor([1.0, bad]))

@@ -199,7 +199,8 @@ class ActionEncoder(nn.Module):
 
         Raises:
             TypeError, ValueError: a wrong shape or dtype, ``valid`` beside ``offsets``, offsets that do not ascend to
-                T; and on a CPU a type or surface out of the vocabulary, or a negative duration, at a valid slot.
+                T; and on a CPU, at a valid slot, a type or surface out of the vocabulary, or a duration that is negative or
+                not finite.
         """
         _checks.tensor("time", time, *(("B", "M") if offsets is None else ("T",)))
         shape = time.shape
@@ -216,8 +217,7 @@ class ActionEncoder(nn.Module):
             )
         _check_indices("action_type", action_type, self.type_table.num_embeddings)
         _check_indices("surface", surface, self.surface_table.num_embeddings)
-        if _checks.readable(duration) and not bool((duration >= 0).all()):
-            raise ValueError(f"duration must not be negative or nan, got {_checks.describe(duration)} where one is")
+        _checks.not_negative("duration", duration)
 
         parts = [
             item,

@@ -228,10 +228,8 @@ def _check_shapes(
 
 
 def _check_pairs(weights: Tensor | None, pair_queries: Tensor | None, num_rows: int) -> None:
-    if weights is not None and _checks.readable(weights):
-        bad = ~((weights >= 0) & weights.isfinite())
-        if bad.any():
-            raise ValueError(f"weights must be finite and at least 0, got {weights[bad][0].item()!r}")
+    if weights is not None:
+        _checks.not_negative("weights", weights)
     if pair_queries is not None and _checks.readable(pair_queries):
         bad = (pair_queries < 0) | (pair_queries >= num_rows)
         if bad.any():

@@ -59,7 +59,7 @@ def rank_weights(weights: Tensor, *, group: dist.ProcessGroup | None = None) -> 
 
     Raises:
         TypeError: ``weights`` is not a floating-point tensor.
-        ValueError: ``weights`` is not one-dimensional.
+        ValueError: ``weights`` is not one-dimensional, or, on a CPU, holds a number that is not finite and at least 0.
 
     Example:
         >>> import torch
@@ -69,9 +69,10 @@ def rank_weights(weights: Tensor, *, group: dist.ProcessGroup | None = None) -> 
     Source: PinnerFormer, section 3.3.2 (the weighted average).
     """
     _checks.floating("weights", weights, None)
+    _checks.not_negative("weights", weights)
     total = weights.detach().sum(dtype=torch.promote_types(weights.dtype, torch.float32))
     world = group_size(group)
     if world > 1:
         dist.all_reduce(total, group=group)
     scale = torch.where(total > 0, world / total, 0)
-    return weights * scale.to(weights.dtype)
+    return (weights.to(scale.dtype) * scale).to(weights.dtype)
