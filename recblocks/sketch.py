@@ -41,7 +41,11 @@ class CountMinSketch(nn.Module):
         device: where the counters live.
 
     Note:
-        Answers are exact up to a total of 2**46 sightings; ``counts`` that pass it are refused where they can be read.
+        Answers are exact up to a total of 2**46 sightings; ``counts`` and merges that pass it are refused where they
+        can be read. `all_reduce` does not look: keep the sum over ranks below it, with `decay` if need be.
+
+        DistributedDataParallel's ``broadcast_buffers=True``, its default, overwrites every rank's ``pending`` with rank
+        0's before a forward. Keep the sketch outside of the wrapped module, or pass ``broadcast_buffers=False``.
 
     Example:
         >>> sketch = CountMinSketch(width=1000, depth=4)
@@ -234,12 +238,14 @@ class CountMinSketch(nn.Module):
 
         Raises:
             TypeError: where ``other`` is no CountMinSketch.
-            ValueError: where width, depth or seed differ.
+            ValueError: where width, depth or seed differ, and, where it can be read, for a total past 2**46.
         """
         if not isinstance(other, CountMinSketch):
             raise TypeError(f"other must be a CountMinSketch, got {_checks.describe(other)}")
         if (other.width, other.depth, other.seed) != (self.width, self.depth, self.seed):
             raise ValueError(f"other must be a {self!r} like this one, got {other!r}")
+        if _checks.readable(self.synced) and _checks.readable(other.synced):
+            self._check_added("other", other.total.item())
         for mine, theirs in zip(self.buffers(recurse=False), other.buffers(recurse=False), strict=True):
             mine.add_(theirs.to(mine.device))
 
@@ -286,10 +292,12 @@ class CountMinSketch(nn.Module):
         lowest, highest = counts.min().item(), counts.max().item()
         if not (lowest >= 0 and highest < math.inf):
             raise ValueError(f"counts must be finite and at least 0, got values from {lowest} to {highest}")
-        added = counts.double().sum().item()
+        self._check_added("counts", counts.double().sum().item())
+
+    def _check_added(self, name: str, added: float) -> None:
         if self.total.item() + added > _MOST_SIGHTINGS:
             raise ValueError(
-                f"counts must keep the total at 2**46 or below, got {added:g} beyond {self.total.item():g}"
+                f"{name} must keep the total at 2**46 or below, got {added:g} beyond {self.total.item():g}"
             )
 
 

@@ -134,6 +134,29 @@ def gathered_gradient(rank, group):
     return {"rows": y.detach(), "gradient": x.grad, "needs_grad": gather_rows(x.detach(), group=group).requires_grad}
 
 
+class Counting(nn.Module):
+    """A model that counts inside its forward: what DDP's broadcast of buffers would undo."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(1, 1)
+        self.sketch = CountMinSketch(1000, 4)
+
+    def forward(self, ids):
+        self.sketch.update(ids)
+        return self.linear(torch.ones(1, 1)).sum()
+
+
+def counted_inside_ddp(rank, group):
+    """Three steps in which rank r sees id r; shared once, at the end."""
+    model = Counting()
+    wrapped = DistributedDataParallel(model, process_group=group, broadcast_buffers=False)
+    for _ in range(3):
+        wrapped(torch.tensor([rank])).backward()
+    model.sketch.all_reduce(group)
+    return model.sketch.query(torch.arange(4))
+
+
 def run(rank, folder):
     torch.set_num_threads(1)
     store = f"file://{folder}/store"
@@ -145,6 +168,7 @@ def run(rank, folder):
             begin = sum(sizes[:rank])
             mine = share(begin, begin + sizes[rank])
             results[world] = {backend: train(mine, backend, group, True) for backend in ("reference", "chunked")}
+            results[world]["counted"] = counted_inside_ddp(rank, group)
             results[world]["gathered"] = gathered_gradient(rank, group)
     torch.save(results, f"{folder}/{rank}.pt")
     dist.barrier()

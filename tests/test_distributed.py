@@ -48,6 +48,12 @@ def test_every_rank_s_sketch_is_the_whole_stream_s_bit_by_bit(results, one_proce
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_a_sketch_inside_ddp_without_broadcast_buffers_counts_every_rank_s_steps(results, world):
+    for rank in range(world):
+        assert results[rank][world]["counted"].tolist() == [3] * world + [0] * (4 - world)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_gathered_rows_and_the_sum_of_their_gradients(results, world):
     # Rank r has r rows of the number r; row j of all is used j times by rank 0, 2j times by rank 1, ...
     rows = torch.tensor([float(rank) for rank in range(world) for _ in range(rank)], dtype=torch.float64)

@@ -451,6 +451,7 @@ def test_counters_are_the_same_on_a_gpu():
         (lambda s: s.merge({}), TypeError, "other"),
         (lambda s: s.merge(CountMinSketch(50, 4, seed=1)), ValueError, "other.*seed=0.*seed=1"),
         (lambda s: s.merge(CountMinSketch(49, 4)), ValueError, "other"),
+        (lambda s: s.merge(filled([(1, 2**46 - 1)])), ValueError, "other must keep the total at 2\\*\\*46"),
         (lambda s: s.merge(CountMinSketch(50, 3)), ValueError, "other"),
     ],
 )

@@ -199,8 +199,8 @@ class ActionEncoder(nn.Module):
 
         Raises:
             TypeError, ValueError: a wrong shape or dtype, ``valid`` beside ``offsets``, offsets that do not ascend to
-                T; and on a CPU, at a valid slot, a type or surface out of the vocabulary, or a duration that is negative or
-                not finite.
+                T; and on a CPU, at a valid slot, a type or surface out of the vocabulary, or a duration that is not
+                finite or negative.
         """
         _checks.tensor("time", time, *(("B", "M") if offsets is None else ("T",)))
         shape = time.shape
