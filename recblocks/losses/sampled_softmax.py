@@ -39,9 +39,9 @@ def sampled_softmax_loss(
     ``L_r = log Σ_c exp(<u_r, n_c> / τ - log q(n_c))`` over the columns c that are not masked for row r, which is
     ``-log softmax`` of the positive among itself and those columns.
 
-    What is masked is absent, and so is a row of weight 0: it may hold NaN and changes neither loss nor gradient. A row
-    whose every column is masked has loss 0 and gradient 0. Logits are float32 (float64 where an embedding is), under
-    autocast too.
+    What is masked is absent, and so is a row of weight 0: it may hold NaN and changes neither loss nor gradient. NaN in
+    anything else reaches the gradients of all. A row whose every column is masked has loss 0 and gradient 0.
+    Logits are float32 (float64 where an embedding is), under autocast too.
 
     Args:
         queries: (R, D) user embeddings, floating point. With ``pair_queries`` (U, D).

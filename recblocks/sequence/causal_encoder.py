@@ -107,11 +107,13 @@ class CausalSequenceEncoder(nn.Module):
             lengths: (B,) int64, how many of a row's first slots are real; instead of ``valid``.
             offsets: (B+1,) int64 where each packed sequence starts, ending with T.
             max_length: at least the longest packed sequence, at most max_len, which None stands for; attention
-                takes this many slots a row.
+                takes this many slots a row. Where that is not checked (compiled, or on a GPU), a longer sequence gets
+                wrong embeddings, and no other one does.
 
         Returns:
             (B, M, out_dim) or (T, out_dim) in the parameters' dtype, under autocast too: unit vectors where valid,
-            zeros elsewhere. What stands at an invalid slot changes nothing.
+            zeros elsewhere. What stands at an invalid slot changes nothing; NaN at a valid one may reach every slot of
+            its sequence, older ones too, and no other sequence.
 
         Raises:
             TypeError, ValueError: a wrong shape or dtype, more slots than max_len, arguments that exclude each other;
@@ -150,12 +152,13 @@ class CausalSequenceEncoder(nn.Module):
         if _checks.readable(lengths) and bool((lengths > max_length).any()):
             raise ValueError(f"offsets must hold no sequence over {max_length}, got one of {int(lengths.max())}")
 
-        # A row's oldest action goes to the first of its max_length places, so that the rest of them lie behind it.
+        # A row's oldest action goes to the first of its max_length places, so that the rest of them lie behind it. The
+        # clamp keeps a sequence over max_length, where none of the checks could look, out of the next row's places.
         rows = lengths.shape[0]
         row = torch.arange(rows, device=x.device).repeat_interleave(lengths, output_size=x.shape[0])
         index = torch.arange(x.shape[0], device=x.device)
         slot = index - offsets[row]
-        place = row * max_length + offsets[row + 1] - 1 - index
+        place = row * max_length + (offsets[row + 1] - 1 - index).clamp(max=max_length - 1)
 
         h = self.project(x.to(self.project.weight.dtype)) + functional.embedding(slot, self.position)
         for block in self.blocks:
