@@ -1,4 +1,7 @@
 import math
+import os
+import signal
+import stat
 import subprocess
 import sys
 
@@ -97,6 +100,47 @@ def test_a_loaded_index_answers_alike(tmp_path, kind, metric):
         index.search(queries, excluded=excluded), loaded.search(queries, excluded=excluded), strict=True
     ):
         assert torch.equal(before, after)
+
+
+def test_a_saved_index_has_the_mode_of_any_new_file(tmp_path):
+    index, path = ItemIndex(torch.arange(3), torch.eye(3)), tmp_path / "items.faiss"
+    before = os.umask(0o027)
+    try:
+        index.save(path)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_save_killed_leaves_the_old_file_or_the_new_one(tmp_path, when):
+    path = tmp_path / "items.faiss"
+    ItemIndex(torch.arange(3), torch.eye(3)).save(path)
+    code = (
+        "import os, pathlib, signal, sys, torch, recblocks\n"
+        "replace, fsync, synced = pathlib.Path.replace, os.fsync, []\n"
+        "os.fsync = lambda number: (fsync(number), synced.append(os.fstat(number).st_ino))\n"
+        "def replace_and_die(source, target):\n"
+        "    assert synced == [source.stat().st_ino], 'the file must be on the disk before its name is'\n"
+        "    if sys.argv[2] == 'after':\n"
+        "        replace(source, target)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "pathlib.Path.replace = replace_and_die\n"
+        "recblocks.ItemIndex(torch.arange(5), torch.eye(5)).save(sys.argv[1])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(path), when], check=False, capture_output=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    assert len(ItemIndex.load(path)) == (3 if when == "before" else 5)
+
+
+def test_a_reader_of_the_old_file_keeps_it(tmp_path):
+    path = tmp_path / "items.faiss"
+    ItemIndex(torch.arange(3), torch.eye(3)).save(path)
+    old = path.read_bytes()
+    with path.open("rb") as reader:
+        ItemIndex(torch.arange(5), torch.eye(5)).save(path)
+        assert reader.read() == old
+    assert len(ItemIndex.load(path)) == 5
 
 
 def test_a_damaged_file_is_refused(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import pathlib
+import stat
 from typing import Any
 
 import numpy as np
@@ -127,6 +128,17 @@ def test_the_second_call_prepares_nothing(tmp_path: pathlib.Path, monkeypatch: p
     assert torch.equal(first.timelines.columns["item"], second.timelines.columns["item"])
     assert (first.items.tolist(), first.report) == (second.items.tolist(), second.report) == ([1], {"read": 1})
     assert [path.name[0] for path in tmp_path.iterdir()] == ["c"], "nothing but the cache stays"
+
+
+@pytest.mark.usefixtures("_small")
+def test_the_cache_has_the_mode_of_any_new_folder(tmp_path: pathlib.Path) -> None:
+    before = os.umask(0o027)
+    try:
+        completejourney(tmp_path)
+    finally:
+        os.umask(before)
+    modes = {stat.S_IMODE(path.stat().st_mode) for path in (*tmp_path.iterdir(), *tmp_path.glob("*/timelines"))}
+    assert modes == {0o750}
 
 
 @pytest.mark.usefixtures("_small")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -141,13 +141,14 @@ class ItemIndex:
         """
         faiss = _checks.optional("faiss", _INSTALL)
         path = Path(path)
-        handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(handle)
+        scratch = path.with_name(f".{path.name}-{uuid.uuid4().hex}.part")
         try:
-            faiss.write_index(self._index, scratch)
-            os.replace(scratch, path)
+            faiss.write_index(self._index, os.fspath(scratch))
+            with scratch.open("rb+") as file:
+                os.fsync(file.fileno())
+            scratch.replace(path)
         finally:
-            Path(scratch).unlink(missing_ok=True)
+            scratch.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ItemIndex:

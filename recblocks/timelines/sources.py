@@ -9,7 +9,7 @@ import json
 import os
 import pathlib
 import shutil
-import tempfile
+import uuid
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -87,7 +87,8 @@ def completejourney(cache_dir: str | os.PathLike[str] | None = None) -> Source:
     name = f"completejourney-{version}-{_TRANSACTIONS}-{_PRODUCTS}-v{_VERSION}.{storage.VERSION}"
     if not (cache / name).exists():
         cache.mkdir(parents=True, exist_ok=True)
-        part = pathlib.Path(tempfile.mkdtemp(prefix=f".{name}-", dir=cache))
+        part = cache / f".{name}-{uuid.uuid4().hex}.part"
+        part.mkdir()
         try:
             _prepare(transactions, products, part)
             _put_in_place(part, cache / name)
