@@ -150,7 +150,10 @@ def test_workers_see_disjoint_users_and_miss_none() -> None:
         ({"users_per_batch": 0}, "users_per_batch must be at least 1, got 0"),
         ({"epochs": 0}, "epochs must be at least 1"),
         ({"world_size": 0}, "world_size must be at least 1"),
-        ({"world_size": 2, "rank": 2}, "rank must be one of 0, 1, got 2"),
+        ({"world_size": 2, "rank": 2}, "rank must be from 0 to 1, got 2"),
+        ({"world_size": 4096, "rank": 5000}, "rank must be from 0 to 4095, got 5000"),
+        ({"rank": -1}, "rank must be from 0 to 0, got -1"),
+        ({"seed": 2**64}, f"seed must be from .* got {2**64}"),
         ({"fraction": 0.0}, "fraction must be"),
         ({"max_sequences": 0}, "max_sequences must be at least 1"),
     ],
@@ -158,6 +161,40 @@ def test_workers_see_disjoint_users_and_miss_none() -> None:
 def test_bad_input(change: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         batches(build(3), **change)
+
+
+@pytest.mark.parametrize("name", ["seed", "rank"])
+@pytest.mark.parametrize("value", [True, 0.0, None])
+def test_seed_and_rank_must_be_integers(name: str, value: object) -> None:
+    with pytest.raises(TypeError, match=f"{name} must be an int, got"):
+        batches(build(3), **{name: value})  # type: ignore[arg-type]
+
+
+def test_integers_of_numpy_are_as_good() -> None:
+    one = batches(build(30), seed=-3, rank=1, world_size=2)
+    other = batches(build(30), seed=np.int64(-3), rank=np.int64(1), world_size=2)  # type: ignore[arg-type]
+    assert same(one[1], other[np.int64(1)])  # type: ignore[index]
+    assert same(one[1], one[torch.tensor(1)])  # type: ignore[index]
+    with pytest.raises(TypeError, match=r"step must be an int, got 1\.0"):
+        one[1.0]  # type: ignore[index]
+
+
+def test_ranks_draw_apart_from_each_other() -> None:
+    """One user in every step, so that the users of a step do not tell the ranks apart: only their draws may."""
+    timelines = build(2)
+    steps = 40
+    ranks = [
+        batches(timelines, users_per_batch=1, epochs=steps, rank=rank, world_size=2, max_sequences=1)
+        for rank in range(2)
+    ]
+    places: dict[tuple[int, int], int] = {}
+    for rank, one in enumerate(ranks):
+        for step in range(steps):
+            anchors = one.timelines.ends[one.user_rows(step)] - 1 - one[step].actions[:, 0]
+            places[step, rank] = int(anchors[0]) if len(anchors) else -1
+    agree = sum(places[step, 0] == places[step, 1] for step in range(steps))
+    # Of 4 possible sequences two ranks draw the same one time in four: binomial (n = 40, p = 1/4), five deviations.
+    assert agree <= 10 + 5 * (40 * 0.25 * 0.75) ** 0.5
 
 
 def test_until_must_be_an_integer() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 import oracles
@@ -25,6 +25,7 @@ from recblocks import (
     sample_anchors,
     sasrec,
 )
+from recblocks.timelines import examples as examples_module
 from recblocks.timelines.examples import drop_rows_without_pairs, sample_within, uniform
 
 DAY = 86_400
@@ -449,3 +450,46 @@ def test_until_is_exact_and_never_a_float(objective: Callable[..., Examples]) ->
             sample_anchors(timelines, torch.tensor([0]), fraction=1.0, max_sequences=2, until=bad)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="until must be from"):
         call(objective, timelines, anchors, max_len=2, until=2**63)
+
+
+@pytest.fixture
+def _other_defaults() -> Iterator[None]:
+    torch.set_default_dtype(torch.float16)
+    torch.set_default_device("meta")
+    yield
+    torch.set_default_dtype(torch.float32)
+    torch.set_default_device(None)
+
+
+@pytest.fixture
+def expected() -> list[Tensor]:
+    return everything_drawn()
+
+
+def everything_drawn() -> list[Tensor]:
+    device = torch.device("cpu")
+    actions = torch.arange(20_000, device=device)
+    timelines = Timelines.from_arrays(user=actions % 3, time=actions // 6 * DAY, item=actions, unit="s")
+    rows, g = torch.arange(3, device=device), torch.Generator("cpu").manual_seed(0)
+    anchors = sample_anchors(timelines, rows, fraction=0.0123, max_sequences=50, generator=g)
+    found = list(anchors)
+    for objective in (*OBJECTIVES, dense_all_positives):
+        options = {} if objective is dense_all_positives else {"generator": g}
+        drawn = objective(timelines, anchors, max_len=40, positive=lambda action: action["item"] % 3 > 0, **options)
+        found += [*drawn, *drop_rows_without_pairs(drawn)]
+    return found
+
+
+@pytest.mark.usefixtures("expected", "_other_defaults")
+def test_torchs_defaults_change_nothing(expected: list[Tensor]) -> None:
+    found = everything_drawn()
+    assert all(torch.equal(one, other) and one.dtype == other.dtype for one, other in zip(found, expected, strict=True))
+
+
+def test_the_mean_number_of_anchors_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tenth of one sequence is one for a draw of 0.9 or more; float32's tenth is 1.5e-9 too large."""
+    timelines, _ = build([[(1, True), (2, True)]])
+    for draw, count in ((0.9 - 1e-12, 0), (0.9 + 1e-12, 1)):
+        monkeypatch.setattr(examples_module, "_random", lambda *_, draw=draw: torch.tensor([draw], dtype=torch.float64))
+        anchors = sample_anchors(timelines, torch.tensor([0]), fraction=0.1, max_sequences=2)
+        assert len(anchors.action) == count

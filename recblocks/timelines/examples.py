@@ -98,15 +98,15 @@ def sample_anchors(
     # of the user before. An empty range has no rows, so its clamped index is never read.
     possible = starts_event & (at < time[newest.clamp(max=time.shape[0] - 1)][row])
     row, index = row[possible], index[possible]
-    share = fraction * torch.bincount(row, minlength=users.shape[0])
-    wanted = (share + torch.rand(share.shape, dtype=torch.float64, generator=generator)).long()
+    share = fraction * torch.bincount(row, minlength=users.shape[0]).double()
+    wanted = (share + _random(share, generator)).long()
     kept = sample_within(row, wanted.clamp(max=max_sequences), generator)
     return Anchors(users[row[kept]], index[kept])
 
 
 def drop_rows_without_pairs(examples: Examples) -> Examples:
     """Leave out the rows that train nothing, so that no encoder runs for them."""
-    has_pairs = torch.zeros(examples.users.shape[0], dtype=torch.bool)
+    has_pairs = torch.zeros_like(examples.users, dtype=torch.bool)
     has_pairs[examples.pair_row] = True
     new_row = has_pairs.cumsum(0) - 1
     return examples._replace(
@@ -119,19 +119,22 @@ def drop_rows_without_pairs(examples: Examples) -> Examples:
 
 def uniform(low: Tensor, high: Tensor, generator: torch.Generator | None) -> Tensor:
     """One integer from each non-empty [low, high)."""
-    draw = torch.rand(low.shape, dtype=torch.float64, generator=generator)
-    return (low + (draw * (high - low)).long()).minimum(high - 1)
+    return (low + (_random(low, generator) * (high - low)).long()).minimum(high - 1)
 
 
 def sample_within(group: Tensor, wanted: Tensor, generator: torch.Generator | None) -> Tensor:
     """Positions of up to ``wanted[g]`` members of each group g, without replacement; ``group`` (N,) ascends."""
     sizes = torch.bincount(group, minlength=wanted.shape[0])
     if bool((sizes <= wanted).all()):
-        return torch.arange(group.shape[0])
-    key = (group << 32) | torch.randint(1 << 32, group.shape, generator=generator)  # sorting shuffles inside each group
-    order = key.argsort()
-    rank = torch.arange(group.shape[0]) - (sizes.cumsum(0) - sizes)[group]
+        return torch.arange(group.shape[0], device=group.device)
+    draw = torch.randint(1 << 32, group.shape, generator=generator, device=group.device)
+    order = ((group << 32) | draw).argsort()  # sorting shuffles inside each group
+    rank = torch.arange(group.shape[0], device=group.device) - (sizes.cumsum(0) - sizes)[group]
     return order[rank < wanted[group]].sort().values
+
+
+def _random(like: Tensor, generator: torch.Generator | None) -> Tensor:
+    return torch.rand(like.shape, dtype=torch.float64, generator=generator, device=like.device)
 
 
 def _not_after(time: Tensor, low: Tensor, high: Tensor, until: int | None) -> Tensor:

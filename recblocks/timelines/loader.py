@@ -84,8 +84,9 @@ class TrainingBatches(Dataset[Examples]):
     ) -> None:
         for name, value in (("users_per_batch", users_per_batch), ("epochs", epochs), ("world_size", world_size)):
             _checks.positive_int(name, value)
-        _checks.choice("rank", rank, range(world_size))
-        nobody = torch.zeros(0, dtype=torch.int64)
+        seed = _checks.integer("seed", seed, at_most=2**64 - 1)
+        rank = _checks.integer("rank", rank, at_least=0, at_most=world_size - 1)
+        nobody = timelines.users.new_zeros(0)
         sample_anchors(timelines, nobody, fraction=fraction, max_sequences=max_sequences, until=until)  # checks both
         self.timelines = timelines
         self.objective = objective
@@ -108,6 +109,7 @@ class TrainingBatches(Dataset[Examples]):
 
     def user_rows(self, step: int) -> Tensor:
         """Return the rows of the timelines that this rank's batch ``step`` is drawn from."""
+        step = _checks.integer("step", step)
         if not 0 <= step < len(self):
             raise IndexError(f"step must be in [0, {len(self)}), got {step}")
         epoch, step = divmod(step, self.steps_per_epoch)
@@ -120,8 +122,9 @@ class TrainingBatches(Dataset[Examples]):
         return torch.from_numpy(rows.astype(np.int64))
 
     def __getitem__(self, step: int) -> Examples:
+        step = _checks.integer("step", step)
         rows = self.user_rows(step)
-        generator = torch.Generator().manual_seed(mix_integers(self.seed, _DRAWS, step, self.rank))
+        generator = torch.Generator("cpu").manual_seed(mix_integers(self.seed, _DRAWS, step, self.rank))
         anchors = sample_anchors(
             self.timelines,
             rows,

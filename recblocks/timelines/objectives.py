@@ -58,7 +58,7 @@ def next_action(
     """
     actions, valid = _inputs(timelines, anchors, max_len)
     row, slot, label = _next_labels(timelines, anchors, actions[:, :1], valid[:, :1], positive, until, generator)
-    return _examples(timelines, anchors, actions, valid, row, slot, label, torch.ones(row.shape))
+    return _examples(timelines, anchors, actions, valid, row, slot, label, torch.ones_like(row))
 
 
 def sasrec(
@@ -99,7 +99,7 @@ def sasrec(
     """
     actions, valid = _inputs(timelines, anchors, max_len)
     row, slot, label = _next_labels(timelines, anchors, actions, valid, positive, until, generator)
-    pairs = torch.bincount(row, minlength=actions.shape[0])[row]
+    pairs = torch.bincount(row, minlength=actions.shape[0]).double()[row]
     newest = torch.bincount(row[slot == 0], minlength=actions.shape[0])[row]
     weight = torch.where(slot == 0, pairs / 2, pairs / (2 * (pairs - 1).clamp(min=1)))
     weight = torch.where((newest == 1) & (pairs > 1), weight, 1.0)
@@ -152,9 +152,9 @@ def all_action(
     )
     range_row, rank = expand_ranges(first, last)
     row = row[range_row]
-    kept = sample_within(row, torch.full((actions.shape[0],), max_labels), generator)
+    kept = sample_within(row, torch.full_like(anchors.action, max_labels), generator)
     row, label = row[kept], labels[rank[kept]]
-    return _examples(timelines, anchors, actions, valid, row, torch.zeros_like(row), label, torch.ones(row.shape))
+    return _examples(timelines, anchors, actions, valid, row, torch.zeros_like(row), label, torch.ones_like(row))
 
 
 def dense_all_action(
@@ -206,7 +206,7 @@ def dense_all_action(
         timelines, anchors, actions, valid, positive, window_days, until, max_labels, generator
     )
     label = labels[uniform(first, last, generator)]
-    return _examples(timelines, anchors, actions, valid, row, slot, label, torch.ones(row.shape))
+    return _examples(timelines, anchors, actions, valid, row, slot, label, torch.ones_like(row))
 
 
 def dense_all_positives(
@@ -248,7 +248,7 @@ def dense_all_positives(
     row, slot, first, last, labels = _window_positives(timelines, anchors, actions, valid, positive, window_days, until)
     query, rank = expand_ranges(first, last)
     count = last - first
-    pairs = torch.bincount(row[query], minlength=actions.shape[0])[row]
+    pairs = torch.bincount(row[query], minlength=actions.shape[0]).double()[row]
     slots = torch.bincount(row, minlength=actions.shape[0])[row]
     weight = pairs / (slots * count)
     return _examples(timelines, anchors, actions, valid, row[query], slot[query], labels[rank], weight[query])
@@ -285,7 +285,7 @@ def _inputs(timelines: Timelines, anchors: Anchors, max_len: int) -> tuple[Tenso
     starts, ends = timelines.starts[anchors.user_row], timelines.ends[anchors.user_row]
     if not bool(((starts <= anchors.action) & (anchors.action < ends)).all()):
         raise ValueError("anchors.action must be an action of anchors.user_row")
-    actions = anchors.action[:, None] + torch.arange(max_len)
+    actions = anchors.action[:, None] + torch.arange(max_len, device=anchors.action.device)
     valid = actions < ends[:, None]
     return torch.where(valid, actions, 0), valid
 
@@ -359,11 +359,11 @@ def _window_positives(
     _, stretch = expand_ranges(low, high)
     flags = _flags(timelines, stretch, positive)
     labels = stretch[flags]
-    before = torch.cat([torch.zeros(1, dtype=torch.int64), flags.cumsum(0)])  # positives ahead of each place in it
+    before = torch.cat([low.new_zeros(1), flags.cumsum(0)])  # positives ahead of each place in it
     shift = (high - low).cumsum(0) - high
     # A slot has a positive exactly where the nearest later one, the last ahead of its event, is inside its horizon.
     last = before[end + shift[:, None]]
-    nearest = torch.cat([torch.full((1,), _LATEST), time[labels]])[last]
+    nearest = torch.cat([time.new_full((1,), _LATEST), time[labels]])[last]
     row, slot = ((last > before[low + shift][:, None]) & (nearest <= horizon)).nonzero(as_tuple=True)
     if max_slots is not None:
         some = sample_within(row, torch.full_like(starts, max_slots), generator)

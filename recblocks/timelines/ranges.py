@@ -23,7 +23,7 @@ def expand_ranges(starts: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
     lengths = (ends - starts).clamp(min=0)
     row = torch.repeat_interleave(lengths)
     before = lengths.cumsum(0) - lengths
-    return row, torch.arange(row.shape[0]) + (starts - before)[row]
+    return row, torch.arange(row.shape[0], device=row.device) + (starts - before)[row]
 
 
 def first_at_or_before(time: Tensor, low: Tensor, high: Tensor, limit: Tensor) -> Tensor:

@@ -188,7 +188,7 @@ class Timelines:
         """(U+1,) int64: row r's actions are [offsets[r], offsets[r+1]); only whole timelines have it."""
         if not torch.equal(self.starts[1:], self.ends[:-1]):
             raise ValueError("these timelines are a subset, whose users do not follow each other: use starts and ends")
-        return torch.cat([self.starts[:1], self.ends]) if len(self) else torch.zeros(1, dtype=torch.int64)
+        return torch.cat([self.starts[:1], self.ends]) if len(self) else self.users.new_zeros(1)
 
     @property
     def num_actions(self) -> int:
