@@ -67,10 +67,19 @@ def choice(name: str, value: object, options: Collection[object]) -> None:
 
 def positive_int(name: str, value: object) -> None:
     """Require an int of at least 1."""
+    _int_of_at_least(1, name, value)
+
+
+def count(name: str, value: object) -> None:
+    """Require an int of at least 0."""
+    _int_of_at_least(0, name, value)
+
+
+def _int_of_at_least(least: int, name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int, got {describe(value)}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
 def integer(name: str, value: object, *, at_least: int = -(2**63), at_most: int = 2**63 - 1) -> int:

@@ -14,6 +14,7 @@ from recblocks import _checks
 from recblocks._distributed import group_size
 
 _SIGHTING = 1 << 16  # fixed point: what one sighting adds to a counter
+_MOST_COUNTERS = (1 << 31) - 1  # in a row
 _MOST_SIGHTINGS = 2.0**46  # beyond it a counter would leave the exact range of int64 and float64
 _GOLDEN = 0x9E3779B97F4A7C15  # the increment and the two multipliers of splitmix64
 _FIRST = 0xBF58476D1CE4E5B9
@@ -70,7 +71,7 @@ class CountMinSketch(nn.Module):
         super().__init__()
         _checks.positive_int("width", width)
         _checks.positive_int("depth", depth)
-        _checks.number("width", width, below=2**31)
+        _checks.number("width", width, at_most=_MOST_COUNTERS)
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise TypeError(f"seed must be an int, got {_checks.describe(seed)}")
         if not 0 <= seed < 1 << 63:
@@ -89,7 +90,7 @@ class CountMinSketch(nn.Module):
         """Make the sketch that is over by more than ``epsilon`` x total with a probability of at most ``delta``.
 
         Args:
-            epsilon: error as a share of all sightings, in (0, 1); width = ceil(e / epsilon).
+            epsilon: error as a share of all sightings, above e / 2**31, below 1; width = ceil(e / epsilon).
             delta: probability that one answer's error is larger, in (0, 1); depth = ceil(ln(1 / delta)).
             seed: see the class.
             device: see the class.
@@ -98,13 +99,13 @@ class CountMinSketch(nn.Module):
             An empty sketch.
 
         Raises:
-            ValueError: where ``epsilon`` or ``delta`` is not in (0, 1).
+            ValueError: where ``epsilon`` or ``delta`` is out of its range.
 
         Example:
             >>> CountMinSketch.from_error(0.001, 0.01)
             CountMinSketch(width=2719, depth=5, seed=0)
         """
-        _checks.number("epsilon", epsilon, above=0, below=1)
+        _checks.number("epsilon", epsilon, above=math.e / _MOST_COUNTERS, below=1)
         _checks.number("delta", delta, above=0, below=1)
         return cls(math.ceil(math.e / epsilon), math.ceil(-math.log(delta)), seed=seed, device=device)
 
@@ -148,6 +149,8 @@ class CountMinSketch(nn.Module):
         distinct = _count_distinct(batches)
         if distinct < 1:
             raise ValueError("batches must hold at least one id, got none")
+        least = math.e * distinct / _MOST_COUNTERS
+        _checks.number("relative_error", relative_error, above=least)
         return cls(math.ceil(math.e * distinct / relative_error), math.ceil(-math.log(delta)), seed=seed, device=device)
 
     def reset_parameters(self) -> None:

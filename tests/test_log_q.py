@@ -118,6 +118,8 @@ def test_columns_really_hold_each_item_that_often():
         ({"total": torch.tensor([10.0])}, ValueError, "total"),
         ({"total": torch.tensor(10)}, TypeError, "total"),
         ({"total": math.inf}, ValueError, "total"),
+        ({"total": "a"}, TypeError, "total must be a number, got 'a'"),
+        ({"num_random": 0.0}, TypeError, "num_random"),
         ({"num_in_batch": -1}, ValueError, "num_in_batch"),
         ({"num_in_batch": 1.5}, TypeError, "num_in_batch"),
         ({"num_random": -1}, ValueError, "num_random"),

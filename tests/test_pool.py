@@ -68,6 +68,7 @@ def test_mask_is_reachable_from_the_room():
     [
         ({"num_positives": -1}, ValueError, "num_positives"),
         ({"num_positives": 1.0}, TypeError, "num_positives"),
+        ({"num_positives": 0.0}, TypeError, "num_positives"),
         ({"num_candidates": 0}, ValueError, "num_candidates"),
         ({"max_in_batch": -1}, ValueError, "max_in_batch"),
         ({"num_random": -5}, ValueError, "num_random"),

@@ -433,6 +433,12 @@ def test_counters_are_the_same_on_a_gpu():
         (lambda _: CountMinSketch(3, 1, seed=2**63), ValueError, "seed"),
         (lambda _: CountMinSketch(3, 1, seed=0.5), TypeError, "seed"),
         (lambda _: CountMinSketch.from_error(0, 0.1), ValueError, "epsilon"),
+        (lambda _: CountMinSketch.from_error(1e-10, 0.1), ValueError, "epsilon must be .*above 1.2.*e-09"),
+        (
+            lambda _: CountMinSketch.from_stream([torch.arange(9)], relative_error=1e-9, delta=0.1),
+            ValueError,
+            "relative_error must be .*above 1.*e-08",
+        ),
         (lambda _: CountMinSketch.from_error(0.1, 1.0), ValueError, "delta"),
         (lambda _: CountMinSketch.from_stream([], relative_error=0.1, delta=0.1), ValueError, "batches"),
         (lambda _: CountMinSketch.from_stream([], relative_error=0, delta=0.1), ValueError, "relative_error"),

@@ -3,6 +3,7 @@ import itertools
 
 import hypothesis
 import hypothesis.strategies as st
+import numpy as np
 import oracles
 import pytest
 import torch
@@ -188,6 +189,13 @@ def test_nan_at_an_invalid_slot_changes_nothing(function):
     assert function(time, valid).tolist() == function(time.nan_to_num(posinf=3.0), valid).tolist()
 
 
+def test_periods_may_be_an_array_or_a_tensor():
+    t = torch.arange(50)
+    want = log_periodic_features(t, periods=[7.0, 2.5])
+    for periods in (np.array([7, 2.5], dtype=np.float32), torch.tensor([7, 2.5]), (7, 2.5)):
+        assert torch.equal(log_periodic_features(t, periods=periods), want)
+
+
 @pytest.mark.parametrize(
     ("call", "error", "words"),
     [
@@ -208,6 +216,15 @@ def test_nan_at_an_invalid_slot_changes_nothing(function):
             ValueError,
             ["t must be finite"],
         ),
+        (
+            lambda: log_periodic_features(torch.tensor([2.0**63]).double(), periods=[1.0]),
+            ValueError,
+            ["t must", "int64"],
+        ),
+        (lambda: log_periodic_features(torch.arange(2), periods=[1.0], unit=["s"]), ValueError, ["unit", "['s']"]),
+        (lambda: log_periodic_features(torch.arange(2), periods=[10**400]), ValueError, ["periods[0]", "finite"]),
+        (lambda: LogPeriodicTimeEncoder(5), TypeError, ["periods", "sequence", "5 (int)"]),
+        (lambda: LogPeriodicTimeEncoder(torch.tensor(5.0)), TypeError, ["periods", "sequence", "float32"]),
         (lambda: LogPeriodicTimeEncoder([1.0])(torch.ones(2)), TypeError, ["t must be", "float32"]),
         (lambda: LogPeriodicTimeEncoder([-1.0]), ValueError, ["periods[0]", "above 0"]),
         (lambda: LogPeriodicTimeEncoder([1.0], unit="h"), ValueError, ["unit", "'h'"]),

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from recblocks import _checks
+
+Periods = Sequence[float] | Tensor | npt.NDArray[np.floating[Any]]
 
 _UNITS_PER_SECOND = {"s": 1, "ms": 1000}
 _HOUR = 3600.0
@@ -50,9 +55,7 @@ def log_spaced_periods(num: int, *, shortest: float, longest: float) -> tuple[fl
     return (float(shortest), *between, float(longest))
 
 
-def log_periodic_features(
-    t: Tensor, *, periods: Sequence[float] | Tensor, phase: Tensor | None = None, unit: str = "s"
-) -> Tensor:
+def log_periodic_features(t: Tensor, *, periods: Periods, phase: Tensor | None = None, unit: str = "s") -> Tensor:
     """Encode a time by its place in each period, and by its logarithm.
 
     ``[cos(2πt/p_1 + φ_1), sin(2πt/p_1 + φ_2), …, cos(2πt/p_P + φ_{2P-1}), sin(2πt/p_P + φ_{2P}), log1p(t)]``
@@ -71,7 +74,8 @@ def log_periodic_features(
 
     Raises:
         TypeError: ``t`` is of another dtype: float32 resolves only 128 s at 1.7e9 s.
-        ValueError: unknown ``unit``, a period that is not positive, a phase of another shape, or a time not finite.
+        ValueError: unknown ``unit``, a period that is not positive, a phase of another shape, or, on a CPU, a
+            time not finite or beyond int64.
 
     Example:
         >>> three_in_the_morning = torch.tensor([1_700_017_200_000])
@@ -120,7 +124,7 @@ class LogPeriodicTimeEncoder(nn.Module):
 
     def __init__(
         self,
-        periods: Sequence[float] | Tensor,
+        periods: Periods,
         *,
         unit: str = "s",
         learn_phase: bool = True,
@@ -156,8 +160,10 @@ class LogPeriodicTimeEncoder(nn.Module):
         return f"{len(self.periods)} periods, unit={self.unit!r}, learn_phase={self.phase is not None}"
 
 
-def _as_floats(periods: Sequence[float] | Tensor) -> list[float]:
-    values = periods.tolist() if isinstance(periods, Tensor) else list(periods)
+def _as_floats(periods: Periods) -> list[float]:
+    values = periods.tolist() if isinstance(periods, (Tensor, np.ndarray)) else periods
+    if not isinstance(values, Collection):
+        raise TypeError(f"periods must be a sequence of numbers, got {_checks.describe(periods)}")
     if not values:
         raise ValueError("periods must hold at least one period, got none")
     for i, period in enumerate(values):
@@ -165,7 +171,7 @@ def _as_floats(periods: Sequence[float] | Tensor) -> list[float]:
     return [float(period) for period in values]
 
 
-def _fixed_point_frequencies(periods: Sequence[float] | Tensor, unit: str) -> list[list[int]]:
+def _fixed_point_frequencies(periods: Periods, unit: str) -> list[list[int]]:
     """Turns per unit of time, and per 2**-32 of it, as 64-bit fixed point: int64 counts of 2**-64 of a turn.
 
     Only the fraction of a turn matters, so a frequency above one turn wraps.
@@ -187,8 +193,8 @@ def _encode(t: Tensor, frequencies: Tensor, phase: Tensor | None, unit: str) -> 
     # frequency is off by half a 2**-64 at most: at 1.7e12 that is 4.6e-8 of a turn, an error of 2.9e-7. Float32 then
     # rounds turns, 2π, their product (up to 1.9e-7 each, an angle of π) and the wave (1.2e-7): 1e-6 together.
     if t.is_floating_point():
-        if _checks.readable(t) and not bool(t.isfinite().all()):
-            raise ValueError(f"t must be finite, got {_checks.describe(t)} with nan or inf in it")
+        if _checks.readable(t) and not bool((t.abs() < 2.0**63).all()):
+            raise ValueError(f"t must be finite and within int64, got {_checks.describe(t)} with one that is not")
         whole = t.floor()
         part = ((t - whole) * 2.0**32).to(torch.int64)
         turns = whole.to(torch.int64)[..., None] * frequencies[0] + part[..., None] * frequencies[1]

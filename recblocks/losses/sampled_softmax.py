@@ -181,14 +181,15 @@ def _clear(x: Tensor, present: Tensor | None) -> Tensor:
 
 
 def _inverse(temperature: float | Tensor, like: Tensor) -> Tensor:
+    smallest = torch.finfo(like.dtype).tiny  # whose inverse is finite
     if not isinstance(temperature, Tensor):
-        _checks.number("temperature", temperature, above=0)
+        _checks.number("temperature", temperature, at_least=smallest)
         return torch.full((), 1 / temperature, dtype=like.dtype, device=like.device)
     _checks.floating("temperature", temperature)
     if temperature.ndim != 0:
         raise ValueError(f"temperature must be a number or have shape (), got {_checks.describe(temperature)}")
-    if _checks.readable(temperature) and not 0 < temperature < torch.inf:
-        raise ValueError(f"temperature must be finite and above 0, got {temperature.item()!r}")
+    if _checks.readable(temperature) and not smallest <= temperature < torch.inf:
+        raise ValueError(f"temperature must be finite and at least {smallest:g}, got {temperature.item()!r}")
     return temperature.to(like).reciprocal()
 
 
@@ -218,8 +219,11 @@ def _check_shapes(
     if masked is not None:
         _checks.mask("masked", masked, num_rows, num_columns)
     if own is not None:
-        if len(own) != 4:
-            raise ValueError(f"own must be (row_users, column_items, positive_users, positive_items), got {len(own)}")
+        if not isinstance(own, (tuple, list)) or len(own) != 4:
+            raise ValueError(
+                "own must be (row_users, column_items, positive_users, positive_items), "
+                f"got {len(own) if isinstance(own, (tuple, list)) else _checks.describe(own)}"
+            )
         check_own(own, num_rows=num_rows, num_columns=num_columns)
     if weights is not None:
         _checks.floating("weights", weights, num_pairs)

@@ -56,9 +56,8 @@ def mixed_log_q(
         the pool, so the paper's Q, the chance to be in the batch at all, is n_b + n_r times it where that is small.
     """
     _checks.floating("counts", counts)
-    for name, value in (("num_in_batch", num_in_batch), ("num_random", num_random)):
-        if value != 0:
-            _checks.positive_int(name, value)
+    _checks.count("num_in_batch", num_in_batch)
+    _checks.count("num_random", num_random)
     _checks.positive_int("num_candidates", num_candidates)
     size = num_in_batch + num_random
     if size == 0:
@@ -82,6 +81,8 @@ def _check_counts(counts: Tensor, total: Tensor | float) -> None:
             raise ValueError(f"total must be a number or a 0-dim tensor, got {_checks.describe(total)}")
         if not _checks.readable(total):
             return
+    elif total != math.inf:
+        _checks.number("total", total)
     if not 1 <= float(total) < math.inf:
         raise ValueError(f"total must be at least 1 sighting (count the batch before it is read), got {float(total):g}")
     if _checks.readable(counts) and counts.numel():

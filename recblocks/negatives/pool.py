@@ -76,8 +76,7 @@ def mixed_negative_pool(
     """
     counts = {"num_positives": num_positives, "max_in_batch": max_in_batch, "num_random": num_random}
     for name, value in counts.items():
-        if value != 0:
-            _checks.positive_int(name, value)
+        _checks.count(name, value)
     _checks.positive_int("num_candidates", num_candidates)
     if num_positives <= max_in_batch:
         in_batch = torch.arange(num_positives, device=device)
