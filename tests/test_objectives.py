@@ -386,13 +386,20 @@ def test_uniform_stays_inside_its_range() -> None:
     [
         ({"max_len": 0}, ValueError, "max_len must be at least 1, got 0"),
         ({"window_days": 0.0}, ValueError, "window_days must be finite and above 0, got 0.0"),
+        ({"window_days": 1e15}, ValueError, r"window_days must be from 1 to \d+ s, .* got 1000000000000000\.0"),
+        ({"window_days": 1e-6}, ValueError, r"window_days must be from 1 to .* s, .* got 1e-06"),
         ({"max_labels": 0}, ValueError, "max_labels must be at least 1, got 0"),
         ({"positive": lambda action: action["item"]}, TypeError, "what positive returns must be bool"),
         ({"positive": lambda _: torch.ones(99, dtype=torch.bool)}, ValueError, "what positive returns must have shape"),
         (
             {"anchors": Anchors(torch.tensor([1]), torch.tensor([0]))},
             ValueError,
-            "must be an action of anchors.user_row",
+            r"must be an action of anchors\.user_row, in \[\d+, \d+\) for row 1, got 0",
+        ),
+        (
+            {"anchors": Anchors(torch.tensor([9]), torch.tensor([0]))},
+            ValueError,
+            r"anchors\.user_row must be in \[0, 2\), got 9 to 9",
         ),
         (
             {"anchors": Anchors(torch.tensor([0]), torch.tensor([0, 1]))},

@@ -265,6 +265,12 @@ def test_nulls_in_arrow_become_masks() -> None:
         ({"item": np.array([1])}, ValueError, "item must have one entry for each of the 2 users given, got 1"),
         ({"item": np.array([[1, 2]])}, ValueError, r"item must have shape \(any\), got an array of shape \(1, 2\)"),
         ({"item": np.ma.masked_array([1, 2], mask=[True, False])}, ValueError, "item has 1 nulls among 2"),
+        ({"extra": torch.ones(2, dtype=torch.bfloat16)}, TypeError, "extra must be bool, .* got a bfloat16 tensor"),
+        (
+            {"time": np.array([1, 2**60], "M8[s]"), "unit": "ms"},
+            ValueError,
+            r"time must fit int64 in 'ms', got datetime",
+        ),
         ({"extra": np.array(["a", "b"])}, TypeError, "extra must be bool, .* got <U1"),
         ({"a/b": np.array([1, 2])}, ValueError, "name must be an identifier other than 'user' and 'unit', got 'a/b'"),
     ],
@@ -275,3 +281,20 @@ def test_bad_input(tmp_path: pathlib.Path, change: dict[str, object], error: typ
         write_timelines(tmp_path, **(good | change))  # type: ignore[arg-type]
     with pytest.raises(error, match=message):
         Timelines.from_arrays(**(good | change))  # type: ignore[arg-type]
+
+
+def test_columns_of_any_name_and_byte_order(tmp_path: pathlib.Path) -> None:
+    one = np.array([1, 2])
+    named = {"path": one, "self": one, "cls": one, "verify": np.array([0.5, 2.0], dtype=">f4")}
+    written = write_timelines(tmp_path, user=one, time=one, item=one, unit="s", **named)
+    for timelines in (written, Timelines.from_arrays(user=one, time=one, item=one, unit="s", **named)):
+        assert timelines.columns["verify"].tolist() == [0.5, 2.0]
+        assert timelines.with_columns(self=timelines.columns["path"]).columns["self"].tolist() == [1, 2]
+    with pytest.raises(ValueError, match="name must be an identifier other than 'user' and 'unit', got 'unit'"):
+        Timelines.from_arrow(pa.table({"user": one, "time": one, "item": one, "unit": one}), unit="s")
+
+
+def test_the_latest_datetime_that_fits() -> None:
+    latest = np.array([2**63 // 1000, -(2**63) // 1000 + 2], "M8[s]")
+    timelines = Timelines.from_arrays(user=np.array([1, 2]), item=np.array([1, 2]), time=latest, unit="ms")
+    assert timelines.columns["time"].tolist() == [2**63 // 1000 * 1000, (-(2**63) // 1000 + 2) * 1000]

@@ -109,6 +109,8 @@ def _matrix(values: Tensor, present: Tensor | None) -> tuple[Tensor, Tensor]:
     _checks.floating("values", values)
     if values.ndim not in (1, 2):
         raise ValueError(f"values must have shape (U,) or (U, W), got {_checks.describe(values)}")
+    if values.ndim == 2 and values.shape[1] == 0:
+        raise ValueError(f"values must have at least one column, got {_checks.describe(values)}")
     if present is None:
         present = torch.ones_like(values, dtype=torch.bool)
     _checks.mask("present", present, *values.shape)

@@ -26,6 +26,8 @@ def check_name(name: object) -> None:
 def split_nulls(name: str, value: object) -> tuple[Array, Array]:
     """Return a vector and which of its entries are null (masked, or NaT)."""
     if isinstance(value, torch.Tensor):
+        if str(value.dtype).removeprefix("torch.") not in DTYPES:
+            raise TypeError(f"{name} must be {', '.join(DTYPES)}, got {_checks.describe(value)}")
         value = value.detach().cpu().numpy()
     if not isinstance(value, np.ndarray):
         raise TypeError(f"{name} must be a numpy array or a torch.Tensor, got {_checks.describe(value)}")
@@ -57,15 +59,20 @@ def as_time(name: str, value: Array, unit: str) -> Array:
     """Return times as int64 in the unit; datetime64 is converted, rounding down."""
     _checks.choice("unit", unit, UNITS)
     if value.dtype.kind == "M":
-        value = value.astype(f"datetime64[{unit}]").view(np.int64)
+        target = np.dtype(f"datetime64[{unit}]")
+        converted = value.astype(target)
+        finer = np.promote_types(value.dtype, target) == target  # else it is rounded, and cannot overflow
+        if finer and ((converted.astype(value.dtype) != value) & ~np.isnat(value)).any():
+            raise ValueError(f"{name} must fit int64 in {unit!r}, got {value.dtype} beyond it")
+        value = converted.view(np.int64)
     return as_int64(name, value)
 
 
 def as_column(name: str, value: Array) -> Array:
-    """Return a further column in a dtype that both numpy and torch hold."""
+    """Return a further column in a dtype that both numpy and torch hold, in this machine's byte order."""
     if value.dtype.name not in DTYPES:
         raise TypeError(f"{name} must be {', '.join(DTYPES)}, got {value.dtype}")
-    return value
+    return value.astype(value.dtype.newbyteorder("="), copy=False)
 
 
 def group_actions(user: Array, time: Array, columns: dict[str, Array]) -> tuple[Array, Array, dict[str, Array]]:

@@ -90,7 +90,7 @@ def clean_actions(
     if clock_bound is not None:
         if source is None:
             raise ValueError("clock_bound needs source, which says whose clock recorded each action, got None")
-        _checks.number("clock_bound", clock_bound, at_least=0)
+        clock_bound = _checks.integer("clock_bound", clock_bound, at_least=0)
     optional = {"action_type": action_type, "surface": surface, "duration": duration, "source": source, **columns}
     given = {"user": user, "time": time, "item": item, **{k: v for k, v in optional.items() if v is not None}}
     table, nulls = _read(given, unit)
@@ -107,6 +107,8 @@ def _read(given: dict[str, object], unit: str) -> tuple[dict[str, Array], dict[s
     """Every column as a plain vector of one length, and which of its entries are null."""
     table, nulls = {}, {}
     for name, value in given.items():
+        if name != "user":
+            _arrays.check_name(name)
         data, nulls[name] = _arrays.split_nulls(name, value)
         if name == "time":
             table[name] = _arrays.as_time(name, data, unit)
@@ -132,7 +134,9 @@ def _refusals(
     """Which records each check refuses."""
     found: dict[str, Array] = {}
     if time_range is not None:
-        earliest, latest = time_range
+        if not isinstance(time_range, tuple | list) or len(time_range) != 2:
+            raise ValueError(f"time_range must be the earliest and the latest time, got {time_range!r}")
+        earliest, latest = (_checks.integer("time_range", end) for end in time_range)
         if earliest > latest:
             raise ValueError(f"time_range must be the earliest and the latest time, got {time_range}")
         found["time_out_of_range"] = (table["time"] < earliest) | (table["time"] > latest)
@@ -143,7 +147,9 @@ def _refusals(
         if allowed is not None:
             if name not in table:
                 raise ValueError(f"{plural} needs {name}, got None")
-            found[f"unknown_{name}"] = ~np.isin(table[name], np.array(sorted(allowed), dtype=np.int64))
+            found[f"unknown_{name}"] = ~np.isin(
+                table[name], np.array([_checks.integer(plural, one) for one in allowed], dtype=np.int64)
+            )
     if "duration" in table:
         found["duration_not_finite"] = ~np.isfinite(table["duration"])
         found["negative_duration"] = table["duration"] < 0

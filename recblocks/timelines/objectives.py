@@ -282,9 +282,17 @@ def _inputs(timelines: Timelines, anchors: Anchors, max_len: int) -> tuple[Tenso
     _checks.positive_int("max_len", max_len)
     _checks.integers("anchors.user_row", anchors.user_row, None)
     _checks.integers("anchors.action", anchors.action, anchors.user_row.shape[0])
-    starts, ends = timelines.starts[anchors.user_row], timelines.ends[anchors.user_row]
-    if not bool(((starts <= anchors.action) & (anchors.action < ends)).all()):
-        raise ValueError("anchors.action must be an action of anchors.user_row")
+    row, users = anchors.user_row, len(timelines)
+    if row.numel() and not 0 <= int(row.min()) <= int(row.max()) < users:
+        raise ValueError(f"anchors.user_row must be in [0, {users}), got {int(row.min())} to {int(row.max())}")
+    starts, ends = timelines.starts[row], timelines.ends[row]
+    outside = ((anchors.action < starts) | (anchors.action >= ends)).nonzero()
+    if outside.numel():
+        at = int(outside[0])
+        raise ValueError(
+            f"anchors.action must be an action of anchors.user_row, in [{int(starts[at])}, {int(ends[at])}) for row "
+            f"{int(row[at])}, got {int(anchors.action[at])}"
+        )
     actions = anchors.action[:, None] + torch.arange(max_len, device=anchors.action.device)
     valid = actions < ends[:, None]
     return torch.where(valid, actions, 0), valid
@@ -344,7 +352,12 @@ def _window_positives(
     _checks.number("window_days", window_days, above=0)
     if until is not None:
         until = _checks.integer("until", until)
-    window = round(window_days * _UNITS_PER_DAY[timelines.unit])
+    day = _UNITS_PER_DAY[timelines.unit]
+    if not 1 <= round(window_days * day) <= _LATEST:
+        raise ValueError(
+            f"window_days must be from 1 to {_LATEST} {timelines.unit}, of which a day has {day}, got {window_days!r}"
+        )
+    window = round(window_days * day)
     time = timelines.columns["time"]
     starts = timelines.starts[anchors.user_row]
     now = time[actions]

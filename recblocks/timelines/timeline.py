@@ -83,7 +83,7 @@ class Timelines:
         self._folder: _Folder | None = None
 
     @classmethod
-    def from_arrays(cls, *, user: object, time: object, item: object, unit: str, **columns: object) -> Timelines:
+    def from_arrays(cls, /, *, user: object, time: object, item: object, unit: str, **columns: object) -> Timelines:
         """Build timelines in memory from one row an action, in any order.
 
         Args:
@@ -110,7 +110,10 @@ class Timelines:
         """Build timelines in memory from a pyarrow Table with columns ``user``, ``time``, ``item`` and any others."""
         from recblocks.timelines import tables
 
-        return cls.from_arrays(unit=unit, **tables.columns_from_arrow(table, unit=unit))
+        columns = tables.columns_from_arrow(table, unit=unit)
+        for name in columns.keys() - {"user"}:
+            _arrays.check_name(name)
+        return cls.from_arrays(unit=unit, **columns)
 
     @classmethod
     def from_pandas(cls, frame: Any, *, unit: str) -> Timelines:
@@ -296,7 +299,7 @@ def _reopen(
 
 
 def write_timelines(
-    path: str | os.PathLike[str], *, user: object, time: object, item: object, unit: str, **columns: object
+    path: str | os.PathLike[str], /, *, user: object, time: object, item: object, unit: str, **columns: object
 ) -> Timelines:
     """Sort actions into timelines, write them to a folder and open it.
 
