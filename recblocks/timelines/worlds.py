@@ -28,8 +28,9 @@ class World:
         dormant_share: Share of each topic's items that no organic slot shows.
         dormant_shift: How far dormant items stand apart along another direction.
         interest_weights: A user has this many interests (topics), met with these chances; they sum to 1.
-        interest_days: Mean life of one interest, after which another topic takes its place.
-        intent_hours: Mean life of an intent: one topic, independent of the interests, that changes between sessions.
+        interest_days: Mean life of one interest, after which its topic is drawn anew, perhaps the same again.
+        intent_hours: Mean life of an intent: one topic, independent of the interests, drawn anew between sessions,
+            perhaps the same again.
         interest_share: Share of organic home slots whose topic is one of the interests.
         intent_share: Share of organic home slots whose topic is the intent.
         chain_share: Share of organic home slots whose topic is the successor of the latest engagement's topic. What
@@ -42,8 +43,9 @@ class World:
         random_share: Share of slots that are randomised.
         surface_shares: Chances of home, search (organic slots follow the intent) and related (they follow the
             topic of the latest engagement) for a request; they sum to 1.
-        engage_relevant: Chance to engage with an item whose topic is an interest, the intent or what the slot
-            follows, where the taste is neutral.
+        engage_relevant: Chance to engage with an item of a relevant topic, where the taste is neutral. Relevant are
+            what the slot follows; the user's interests, if ``interest_share`` is above 0; and the intent, if
+            ``intent_share`` or search's share of the surfaces is.
         engage_other: The same for any other item.
         hide_relevant: Chance to hide a relevant item that the user does not engage with.
         hide_other: The same for any other item.
