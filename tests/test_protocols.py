@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import recblocks as rb
+from recblocks.evaluation import retrieval
 from recblocks.evaluation.protocols import PROTOCOLS, embedding_points, in_window, protocol_ranks, reference_times
 
 DAY = 86_400
@@ -104,6 +105,29 @@ def test_ranks_are_those_of_each_positives_own_moment(history, protocol, batch_s
         assert rank == oracles.positive_rank(scores, item)
 
 
+@pytest.mark.parametrize("metric", ["euclidean", "inner_product"])
+def test_metric_and_corpus_are_those_asked_for(metric, monkeypatch):
+    corpus = torch.randn(30, 4, dtype=torch.float64) * torch.linspace(0.1, 5, 30)[:, None]
+    corpus[7] = corpus[3]
+    vectors = torch.randn(20, 4, dtype=torch.float64)
+    inside = torch.rand(30) < 0.6
+    users, items = torch.arange(20).repeat(3), torch.randint(30, (60,))
+    prepared = []
+    monkeypatch.setattr(retrieval, "_repeated_rows", lambda x, f=retrieval._repeated_rows: prepared.append(1) or f(x))
+    judged = protocol_ranks(
+        lambda user, _: vectors[user], corpus, (users, items, torch.ones_like(users)),
+        start=0, protocol="once", metric=metric, in_corpus=inside, batch_size=3, max_elements=70,
+    )  # fmt: skip
+    assert len(prepared) == 1, "the corpus is prepared once, not once a batch"
+    outside = set((~inside).nonzero()[:, 0].tolist())
+    for rank, user, item in zip(judged.ranks.tolist(), users.tolist(), items.tolist(), strict=True):
+        if metric == "euclidean":
+            scores = [-oracles.euclidean_distance(vectors[user].tolist(), other) for other in corpus.tolist()]
+        else:
+            scores = (vectors[user] @ corpus.T).tolist()
+        assert rank == oracles.positive_rank(scores, item, outside)
+
+
 def test_fresher_embeddings_predict_a_drifting_user_better():
     """A user who moves one item a day: daily lags two items behind, realtime one."""
     corpus = torch.arange(40.0)[:, None]
@@ -161,6 +185,8 @@ TIME = torch.tensor([5])
         (lambda: judge(positives=(TIME, TIME)), TypeError, ["positives", "(user, item, time)"]),
         (lambda: judge(positives=(TIME, TIME, TIME)), ValueError, ["positives[1]", "[0, 3)", "5"]),
         (lambda: judge(embed=lambda *_: torch.ones(1, 7)), ValueError, ["embed", "(1, 2)", "(1, 7)"]),
+        (lambda: judge(metric="cosine"), ValueError, ["metric", "cosine"]),
+        (lambda: judge(in_corpus=torch.ones(4).bool()), ValueError, ["in_corpus", "(3)", "(4,)"]),
         (lambda: judge(batch_size=0), ValueError, ["batch_size", "at least 1"]),
     ],
 )
@@ -171,5 +197,5 @@ def test_bad_input(call, error, words):
         assert word in str(caught.value)
 
 
-def judge(embed=constant, positives=(TIME, TIME - 4, TIME), batch_size=8):
-    return protocol_ranks(embed, torch.ones(3, 2), positives, start=0, protocol="once", batch_size=batch_size)
+def judge(embed=constant, positives=(TIME, TIME - 4, TIME), **options):
+    return protocol_ranks(embed, torch.ones(3, 2), positives, start=0, protocol="once", **options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 from typing import NamedTuple
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from recblocks import _checks
 from recblocks.evaluation._pairs import Pairs, check_rows
-from recblocks.evaluation.retrieval import retrieval_ranks
+from recblocks.evaluation.retrieval import METRICS, blocked_ranks, compute_dtype, corpus_scorer, item_mask
 
 PROTOCOLS = ("once", "daily", "realtime")
 _PER_SECOND = {"s": 1, "ms": 1000}
@@ -193,7 +194,11 @@ def protocol_ranks(
     users, items, times = _triple(positives)
     _checks.floating("corpus", corpus, "N", "D")
     _checks.positive_int("batch_size", batch_size)
-    check_rows("positives[1] (item)", items, corpus.shape[0])
+    _checks.choice("metric", metric, METRICS)
+    num_items = corpus.shape[0]
+    mask = item_mask(in_corpus, None, 0, num_items)
+    scorer = functools.cache(functools.partial(corpus_scorer, corpus, metric))
+    check_rows("positives[1] (item)", items, num_items)
     inside = in_window(times, start=start, num_days=num_days, day=day, unit=unit)
     kept = torch.nonzero(inside).squeeze(1)
     cuts = reference_times(times[kept], start=start, protocol=protocol, num_days=num_days, day=day, unit=unit)
@@ -210,9 +215,8 @@ def protocol_ranks(
         pairs: Pairs = (points.query[block] - first, items[kept][block])
         queries = embed(points.user[rows], points.cut[rows])
         _checks.floating("what embed returns", queries, len(points.user[rows]), corpus.shape[1])
-        ranks[block] = retrieval_ranks(
-            queries, corpus, pairs, metric=metric, in_corpus=in_corpus, max_elements=max_elements
-        )
+        scores_of = scorer(compute_dtype(queries, corpus))(queries)
+        ranks[block] = blocked_ranks(scores_of, pairs, num_items, mask, max_elements)
     return JudgedPositives(ranks, users[kept], kept)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -118,7 +119,9 @@ def retrieval_ranks(
 
     Note:
         d is compared through ``<u, n> - |n|^2 / 2``, which orders as -d does, in float32 at least and outside autocast.
-        Equal item embeddings get equal scores, bit for bit, which a matrix product alone does not promise.
+        Equal item embeddings get equal scores, bit for bit, which a matrix product alone does not promise. Far from
+        the origin the two terms cancel: where |n|^2 is 10^7 times the squared distances that matter, float32 cannot
+        tell them apart. Shift queries and corpus by the corpus' mean first, or give float64.
 
     Example:
         >>> items = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.6, 0.8]])
@@ -129,8 +132,9 @@ def retrieval_ranks(
     """
     check_embeddings(queries, corpus, metric)
     check_pairs("positives", positives, queries.shape[0], corpus.shape[0])
-    mask = _item_mask(in_corpus, excluded, queries.shape[0], corpus.shape[0])
-    return _blocked_ranks(_scorer(queries, corpus, metric), positives, corpus.shape[0], mask, max_elements)
+    mask = item_mask(in_corpus, excluded, queries.shape[0], corpus.shape[0])
+    scorer = corpus_scorer(corpus, metric, compute_dtype(queries, corpus))
+    return blocked_ranks(scorer(queries), positives, corpus.shape[0], mask, max_elements)
 
 
 @torch.no_grad()
@@ -168,8 +172,8 @@ def positive_ranks(
     _checks.floating("scores", scores, "Q", "N")
     num_queries, num_items = scores.shape
     check_pairs("positives", positives, num_queries, num_items)
-    mask = _item_mask(in_corpus, excluded, num_queries, num_items)
-    return _blocked_ranks(lambda rows: scores[rows], positives, num_items, mask, max_elements)
+    mask = item_mask(in_corpus, excluded, num_queries, num_items)
+    return blocked_ranks(lambda rows: scores[rows], positives, num_items, mask, max_elements)
 
 
 @torch.no_grad()
@@ -208,9 +212,10 @@ def retrieve(
         tensor([[1, 2]])
     """
     check_embeddings(queries, corpus, metric)
-    mask = _item_mask(in_corpus, excluded, queries.shape[0], corpus.shape[0])
+    mask = item_mask(in_corpus, excluded, queries.shape[0], corpus.shape[0])
     rows = torch.arange(queries.shape[0], device=queries.device)
-    best = _blocked_top_k(_scorer(queries, corpus, metric), rows, corpus.shape[0], k, mask, max_elements)
+    scores_of = corpus_scorer(corpus, metric, compute_dtype(queries, corpus))(queries)
+    best = _blocked_top_k(scores_of, rows, corpus.shape[0], k, mask, max_elements)
     if metric == "inner_product":
         return best
     norms = queries.to(best.scores.dtype).square().sum(1, keepdim=True)
@@ -247,7 +252,7 @@ def top_k(
     """
     _checks.floating("scores", scores, "Q", "N")
     num_queries, num_items = scores.shape
-    mask = _item_mask(in_corpus, excluded, num_queries, num_items)
+    mask = item_mask(in_corpus, excluded, num_queries, num_items)
     rows = torch.arange(num_queries, device=scores.device)
     return _blocked_top_k(lambda block: scores[block], rows, num_items, k, mask, max_elements)
 
@@ -259,7 +264,8 @@ def check_embeddings(queries: Tensor, corpus: Tensor, metric: str) -> None:
     _checks.choice("metric", metric, METRICS)
 
 
-def _item_mask(in_corpus: Tensor | None, excluded: Pairs | None, num_queries: int, num_items: int) -> ItemMask:
+def item_mask(in_corpus: Tensor | None, excluded: Pairs | None, num_queries: int, num_items: int) -> ItemMask:
+    """Check; then which rows of the corpus each query may be given."""
     if in_corpus is not None:
         _checks.mask("in_corpus", in_corpus, num_items)
     if excluded is not None:
@@ -281,14 +287,16 @@ def rows_per_block(max_elements: int, row_size: int) -> int:
     return max(1, max_elements // max(1, row_size))
 
 
-def _scorer(queries: Tensor, corpus: Tensor, metric: str) -> Callable[[Tensor], Tensor]:
-    """The function from query rows (q,) to scores (q, N), in which equal items score the same to the last bit."""
-    dtype = compute_dtype(queries, corpus)
+def corpus_scorer(corpus: Tensor, metric: str, dtype: torch.dtype) -> Callable[[Tensor], Callable[[Tensor], Tensor]]:
+    """The function from queries (Q, D) to the one from query rows (q,) to scores (q, N).
+
+    Equal items score the same to the last bit. What it needs to know of the corpus is worked out once.
+    """
     corpus = corpus.to(dtype)
     half_norms = corpus.square().sum(1) / 2 if metric == "euclidean" else None
     copies, originals = _repeated_rows(corpus)
 
-    def scores_of(rows: Tensor) -> Tensor:
+    def scores_of(queries: Tensor, rows: Tensor) -> Tensor:
         with torch.autocast(corpus.device.type, enabled=False):
             scores = queries[rows].to(dtype) @ corpus.T
         if half_norms is not None:
@@ -297,7 +305,7 @@ def _scorer(queries: Tensor, corpus: Tensor, metric: str) -> Callable[[Tensor], 
             scores[:, copies] = scores[:, originals]
         return scores
 
-    return scores_of
+    return lambda queries: functools.partial(scores_of, queries)
 
 
 def _repeated_rows(x: Tensor) -> Pairs:
@@ -320,9 +328,10 @@ def _row_hashes(x: Tensor, factors: Tensor) -> Tensor:
     return ((bits ^ (bits >> 29)) * factors).sum(1)
 
 
-def _blocked_ranks(
+def blocked_ranks(
     scores_of: Callable[[Tensor], Tensor], positives: Pairs, num_items: int, mask: ItemMask, max_elements: int
 ) -> Tensor:
+    """Ranks (P,) of the positives; no more than ``max_elements`` scores are in memory at a time."""
     query, item = positives
     ranks = torch.empty_like(item)
     for block in torch.split(torch.argsort(query), rows_per_block(max_elements, num_items)):
