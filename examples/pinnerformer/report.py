@@ -85,7 +85,7 @@ def show(console: Console, title: str, rows: Sequence[Row], notes: Sequence[str]
     """Print the table."""
     table = Table(title=title)
     for name in HEADINGS:
-        table.add_column(name, justify="left" if name == "method" else "right")
+        table.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
     for row in rows:
         table.add_row(*_cells(row), style="bold" if row.less is None else None)
     console.print(table)
@@ -93,29 +93,18 @@ def show(console: Console, title: str, rows: Sequence[Row], notes: Sequence[str]
         console.print(note)
 
 
-HEADINGS = (
-    "method",
-    f"R@{K} first window",
-    f"R@{K} all windows",
-    "95 %",
-    "PinnerFormer minus it",
-    "95 %",
-    f"P90 coverage@{K}",
-    f"entropy@{LIST}",
-)
+HEADINGS = ("method", f"R@{K} first", f"R@{K} all windows", "PinnerFormer minus it", "coverage", "entropy")
 
 
 def _cells(row: Row) -> list[str]:
-    def between(interval: Interval, sign: str = "") -> str:
-        return f"[{interval.low:{sign}.4f}, {interval.high:{sign}.4f}]"
+    def with_ends(interval: Interval, sign: str = "") -> str:
+        return f"{interval.mean:{sign}.4f} [{interval.low:{sign}.4f}, {interval.high:{sign}.4f}]"
 
     return [
         row.name,
         f"{row.first.mean:.4f}",
-        f"{row.mean.mean:.4f}",
-        between(row.mean),
-        "" if row.less is None else f"{row.less.mean:+.4f}",
-        "" if row.less is None else between(row.less, "+"),
+        with_ends(row.mean),
+        "" if row.less is None else with_ends(row.less, "+"),
         "" if row.coverage is None else f"{row.coverage:.4f}",
         "" if row.entropy is None else f"{row.entropy:.2f}",
     ]
@@ -229,6 +218,8 @@ def _activity(data: Dataset, judged: Sequence[Judged]) -> Figure:
         means = [_mean_of(one, group) for group in groups]
         _line(axes, number, middles, torch.tensor(means), one.name, marker="o", markersize=3)
     axes.set_xscale("log")
+    axes.set_xticks(middles, [f"{middle:.0f}" for middle in middles])
+    axes.minorticks_off()
     axes.set_ylim(bottom=0)
     _legend(axes)
     return figure

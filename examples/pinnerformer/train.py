@@ -46,7 +46,7 @@ class TrainOptions:
     """In-batch negatives at most; none with --negatives random."""
     num_random: int = 1024
     """Random negatives; none with --negatives in_batch."""
-    steps: int = 700
+    steps: int = 600
     users_per_batch: int = 8
     max_sequences: int = 1
     """Sequences of one user in a batch."""
