@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import zlib
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from recblocks import _checks
 
 
 def group_size(group: dist.ProcessGroup | None = None) -> int:
@@ -19,20 +23,27 @@ def all_gather_ragged(x: Tensor, group: dist.ProcessGroup | None = None) -> tupl
 
     Args:
         x: (R, ...) this rank's rows; R may differ between ranks and be 0, the other dimensions and the dtype may not.
+            The group's backend must send the dtype: gloo takes no int16.
         group: the ranks that take part; None is the default group.
 
     Returns:
         The rows of all ranks (sum of R, ...), and each rank's number of rows. Shapes are known on the host only, so on
         a GPU this waits for the counts.
+
+    Raises:
+        ValueError: on every rank, where ranks differ in dtype or in a dimension after the first.
     """
     x = x.detach()
     world = group_size(group)
     if world == 1:
         return x, [x.shape[0]]
-    counts = torch.empty(world, dtype=torch.int64, device=x.device)
-    own = torch.tensor([x.shape[0]], dtype=torch.int64, device=x.device)
-    dist.all_gather(list(counts.view(world, 1)), own, group=group)
-    sizes = counts.tolist()
+    kind = zlib.crc32(f"{x.dtype} {tuple(x.shape[1:])}".encode())
+    headers = torch.empty(world, 2, dtype=torch.int64, device=x.device)
+    own = torch.tensor([x.shape[0], kind], dtype=torch.int64, device=x.device)
+    dist.all_gather(list(headers), own, group=group)
+    sizes, kinds = headers.t().tolist()
+    if any(other != kind for other in kinds):
+        raise ValueError(f"x must have one dtype and shape[1:] on all ranks, got {_checks.describe(x)} on this one")
     longest = max(sizes)
     if longest == 0:
         return x, sizes

@@ -17,6 +17,13 @@ def test_compiles_to_one_graph_without_a_process_group():
     assert torch.equal(torch.compile(gather_rows, fullgraph=True, backend="aot_eager")(x), x)
 
 
+def test_bad_input_is_named():
+    with pytest.raises(TypeError, match=r"x must be a torch.Tensor, got \[1\]"):
+        gather_rows([1])
+    with pytest.raises(ValueError, match=r"x must have shape \(R, ...\), got .* shape \(\)"):
+        gather_rows(torch.tensor(1.0))
+
+
 @pytest.mark.parametrize("rows", [0, 3])
 def test_group_of_one_changes_nothing(tmp_path, rows):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)

@@ -75,6 +75,11 @@ def _rank(rank, path):
         assert all_gather_ragged(users[:0])[1] == [0, 0, 0]
         assert all_gather_ragged(users.double().requires_grad_())[0].requires_grad is False
         assert group_size() == 3
+        for different in (torch.zeros(2, rank), torch.zeros(0, 1 + (rank == 2)), torch.zeros([2] * (rank + 1))):
+            with pytest.raises(ValueError, match=r"one dtype and shape\[1:\] on all ranks"):
+                all_gather_ragged(different)
+        with pytest.raises(ValueError, match="one dtype"):
+            all_gather_ragged(users.int() if rank == 1 else users)
 
         weights = equal_user_weights(users)
         assert weights.tolist() == pytest.approx([1 / everyone.count(user) for user in USERS[rank]], rel=1e-7)

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from recblocks import _checks
 from recblocks._distributed import all_gather_ragged, group_size
 
 
@@ -19,13 +20,17 @@ def gather_rows(x: Tensor, *, group: dist.ProcessGroup | None = None) -> Tensor:
     loss weighted by `rank_weights`, DistributedDataParallel's average is then the gradient of the whole batch.
 
     Args:
-        x: (R, ...) this rank's rows, of any dtype; R may differ between ranks and be 0. It requires grad on every rank
-            or on none, and every rank runs backward or none does: a rank without rows sends its empty batch through the
-            same model and loss.
+        x: (R, ...) this rank's rows, of a dtype that the group's backend sends (gloo takes no int16); R may differ
+            between ranks and be 0. It requires grad on every rank or on none, and every rank runs backward or none
+            does: a rank without rows sends its empty batch through the same model and loss.
         group: the ranks that take part; None is the default group.
 
     Returns:
         (sum of R, ...) the same on every rank; ``x`` itself without a process group or on one rank.
+
+    Raises:
+        TypeError, ValueError: ``x`` is no tensor of at least one dimension; on every rank, where ranks differ in dtype
+            or in a dimension after the first.
 
     Example:
         >>> gather_rows(torch.tensor([[1.0, 2.0]]))
@@ -37,6 +42,9 @@ def gather_rows(x: Tensor, *, group: dist.ProcessGroup | None = None) -> Tensor:
     Note:
         The counts of rows travel to the host, so under ``torch.compile`` with several ranks this is a graph break.
     """
+    _checks.tensor("x", x)
+    if x.ndim == 0:
+        raise ValueError(f"x must have shape (R, ...), got {_checks.describe(x)}")
     if group_size(group) == 1:
         return x
     if x.requires_grad and torch.is_grad_enabled():
