@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from recblocks import _checks
-from recblocks.kernels import dispatch
 
 
 class LearnedTemperature(nn.Module):
@@ -64,9 +63,8 @@ class LearnedTemperature(nn.Module):
 
     def forward(self) -> Tensor:
         """Return τ, a tensor of shape ()."""
-        with dispatch.without_autocast(self.rho.device):
-            rho = self.rho.to(torch.promote_types(self.rho.dtype, torch.float32))
-            return self.minimum + F.softplus(rho).squeeze(0)
+        rho = self.rho.to(torch.promote_types(self.rho.dtype, torch.float32))
+        return self.minimum + F.softplus(rho).squeeze(0)  # no autocast takes softplus to a shorter float
 
     def extra_repr(self) -> str:
         """Show the constructor's arguments."""
