@@ -25,15 +25,20 @@ def full(tensor):
 
 
 def outcomes(entry, mesh):
-    """Of DDP and FSDP2: the output and every gradient beside those of the Module alone on the same inputs."""
+    """Of DDP and FSDP2: this rank's output beside that of the Module alone, gradients beside the mean over ranks."""
     torch.manual_seed(0)
-    alone, inputs = entry.build("cpu", torch.float32), entry.inputs()
+    alone = entry.build("cpu", torch.float32)
+    torch.manual_seed(1 + dist.get_rank())
+    inputs = entry.inputs()
     wrapped = {"ddp": copy.deepcopy(alone), "fsdp": fully_shard(copy.deepcopy(alone), mesh=mesh)}
     want = output_and_gradients(alone, inputs)
+    wants = {key: parameter.grad for key, parameter in alone.named_parameters()}
+    for gradient in wants.values():
+        dist.all_reduce(gradient)
+        gradient /= RANKS
     for name, module in wrapped.items():
         out = output_and_gradients(DistributedDataParallel(module) if name == "ddp" else module, inputs)
         gradients = {key: full(parameter.grad) for key, parameter in module.named_parameters()}
-        wants = {key: parameter.grad for key, parameter in alone.named_parameters()}
         yield name, {"output": (out, want), **{key: (gradients[key], wants[key]) for key in wants}}
 
 

@@ -147,6 +147,16 @@ def test_export_takes_other_numbers_of_rows(entry):
 
 
 @each_module
+def test_a_forward_asks_for_no_number_on_a_device(entry):
+    """The meta device has none: what waits for one (item, cpu, a shape or branch that depends on data) fails there."""
+    inputs = entry.inputs()
+    on_meta = {name: value.to("meta") if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
+    out = make(entry, device="meta")(**on_meta)
+    assert out.is_meta
+    assert out.shape == make(entry)(**inputs).shape
+
+
+@each_module
 def test_a_saved_state_gives_the_same_module(entry):
     module, inputs = make(entry), entry.inputs()
     file = io.BytesIO()

@@ -15,7 +15,7 @@ def results(tmp_path_factory):
 
 @pytest.mark.parametrize("wrapper", ["ddp", "fsdp"])
 @pytest.mark.parametrize("name", ENTRIES)
-def test_two_ranks_with_the_same_input_are_one_module(results, name, wrapper):
+def test_two_ranks_train_on_the_mean_of_their_gradients(results, name, wrapper):
     for got, want in results[name][wrapper].values():
-        # The mean of two equal float32 gradients is exact; what is left is a few roundings of re-ordered sums.
+        # The mean of two float32 numbers rounds once; what else may differ is a few roundings of re-ordered sums.
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
