@@ -583,6 +583,20 @@ def test_activation_checkpointing_gives_the_same_gradients(backend, reduction):
     torch.testing.assert_close(got, want)
 
 
+def test_functional_transforms_take_the_reference():
+    embeddings, _ = random_case()
+    want = gradients(embeddings, {"temperature": 1.0})[1][:3]
+    # The helper's upstream gradient of a scalar is 2.
+    got = torch.func.grad(lambda *x: 2 * sampled_softmax_loss(*x), argnums=(0, 1, 2))(*embeddings)
+    torch.testing.assert_close(list(got), want)
+    stacked = [torch.stack([x, 2 * x]) for x in embeddings]
+    losses = torch.func.vmap(sampled_softmax_loss)(*stacked)
+    for index, loss in enumerate(losses):
+        torch.testing.assert_close(loss, sampled_softmax_loss(*[x[index] for x in stacked]))
+    with pytest.raises(RuntimeError, match=r"'chunked' takes no torch.func transform; take 'auto' or 'reference'"):
+        torch.func.grad(lambda *x: sampled_softmax_loss(*x, backend="chunked"))(*embeddings)
+
+
 @pytest.mark.parametrize("mask", ["none", "masked", "own"])
 def test_registered_operators_pass_opcheck(mask):
     embeddings, keywords = random_case()

@@ -16,7 +16,8 @@ def resolve(backend: str, fast: str, device: torch.device) -> str:
 
     Args:
         backend: "auto", "reference" or the name of the fast backend.
-        fast: the operation's fast backend; "auto" takes it on a CPU and on CUDA, and the reference elsewhere.
+        fast: the operation's fast backend; "auto" takes it on a CPU and on CUDA, and the reference elsewhere and
+            inside a torch.func transform.
         device: where the tensors are.
 
     Returns:
@@ -24,6 +25,7 @@ def resolve(backend: str, fast: str, device: torch.device) -> str:
 
     Raises:
         ValueError: for a name that is unknown, or planned and not built yet.
+        RuntimeError: for the fast backend inside a torch.func transform (grad, vmap, ...), which its operators lack.
 
     Example:
         >>> resolve("auto", "chunked", torch.device("cpu"))
@@ -32,9 +34,12 @@ def resolve(backend: str, fast: str, device: torch.device) -> str:
     if backend in _PLANNED:
         raise ValueError(f"backend {backend!r} does not exist yet; take 'auto', 'reference' or {fast!r}")
     _checks.choice("backend", backend, ("auto", "reference", fast))
+    transformed = not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+    if transformed and backend == fast:
+        raise RuntimeError(f"backend {fast!r} takes no torch.func transform; take 'auto' or 'reference'")
     if backend != "auto":
         return backend
-    return fast if device.type in ("cpu", "cuda") else "reference"
+    return fast if device.type in ("cpu", "cuda") and not transformed else "reference"
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:

@@ -61,7 +61,7 @@ def sampled_softmax_loss(
         reduction: "none" gives the l_r (R,), 0 where the weight is 0; "sum" gives Σ w_r l_r; "mean" divides that by
             Σ w_r, and is 0 where Σ w_r is.
         backend: "reference" holds rows x columns and can be differentiated twice; "chunked" holds a few rows at a
-            time and cannot; "auto" takes "chunked" on a CPU and on CUDA.
+            time and cannot; "auto" takes "chunked" on a CPU and on CUDA, but not inside a torch.func transform.
 
     Returns:
         () or, for "none", (R,); float32, or float64 where an embedding is.
@@ -71,7 +71,7 @@ def sampled_softmax_loss(
         ValueError: shapes disagree; both ``masked`` and ``own``, or one log q without the other; on a CPU also a
             negative weight, a log q that is not finite or, with ``correct_positive``, exceeds 0, a ``pair_queries``
             out of range, a temperature that is not above 0.
-        RuntimeError: the chunked backend is differentiated twice.
+        RuntimeError: the chunked backend is differentiated twice, or transformed by torch.func.
 
     Example:
         >>> import torch
