@@ -156,6 +156,18 @@ def test_the_content_start_takes_a_user_for_the_mean_of_their_items(data: Datase
             assert torch.cosine_similarity(blend, user, dim=0) > 0.97
 
 
+def test_repeats_are_counted_by_user(data: Dataset) -> None:
+    windows = evaluate.windows(data)
+    repeats = []
+    for user, place in zip(*(ids.tolist() for ids in windows[0].positives), strict=True):
+        mine = slice(int(data.judged.starts[user]), int(data.judged.ends[user]))
+        rows, times = (data.judged.columns[name][mine].tolist() for name in ("row", "time"))
+        earlier = {row for row, time in zip(rows, times, strict=True) if time <= windows[0].start}
+        repeats.append(int(data.corpus[place]) in earlier)
+    assert 0 < sum(repeats) < len(repeats)
+    assert evaluate.repeat_share(data, windows) == sum(repeats) / len(repeats)
+
+
 def test_histories_find_the_newest_action_of_any_moment(data: Dataset) -> None:
     histories, time = Histories(data.judged), data.judged.columns["time"]
     generator = torch.Generator().manual_seed(0)

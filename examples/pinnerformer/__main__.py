@@ -130,6 +130,8 @@ def _report(console: Console, data: Dataset, options: Options, models: dict[str,
     inside, outside = (sum(count) for count in zip(*((len(w.positives[0]), w.outside) for w in windows), strict=True))
     notes = [
         *report.verdict(rows),
+        f"{evaluate.repeat_share(data, windows):.0%} of the positives repeat an item of their user's past: as far "
+        "as that goes, a memory of each item beats one embedding of a user.",
         f"{len(data.judged)} users whom no training saw, {len(windows)} windows of {evaluate.DAYS} days after the cut. "
         "Models are frozen at the cut; each window's embeddings read everything before it. Means over users, then over "
         "windows, with 95 % intervals by bootstrap over users; differences are paired. Coverage is P90 coverage@10 and "

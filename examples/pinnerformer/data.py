@@ -90,12 +90,6 @@ def actions_of(timelines: Timelines) -> tuple[Tensor, Tensor]:
     return user, torch.arange(len(user)) + (timelines.starts - before)[user]
 
 
-def _with_columns(timelines: Timelines, **columns: Tensor) -> Timelines:
-    return Timelines(
-        timelines.users, timelines.starts, timelines.ends, {**timelines.columns, **columns}, unit=timelines.unit
-    )
-
-
 def _split(timelines: Timelines, judged: str) -> tuple[Timelines, Timelines]:
     train, held_out = recblocks.split_by_user(timelines, held_out=0.2)
     if judged == "held_out":
@@ -110,7 +104,7 @@ def _simulated(options: DataOptions) -> Dataset:
     seen = recblocks.simulate(world, seed=options.world_seed)
     names = ("user", "time", "item", "action_type", "surface", "duration")
     timelines = Timelines.from_arrays(unit=seen.unit, **{name: seen.actions[name] for name in names})
-    timelines = _with_columns(timelines, row=timelines.columns["item"])
+    timelines = timelines.with_columns(row=timelines.columns["item"])
     train, judged = _split(timelines, options.judged)
     start, days = int(timelines.columns["time"].min()), 14 if options.judged == "held_out" else 28
     return Dataset(
@@ -132,7 +126,7 @@ def _simulated(options: DataOptions) -> Dataset:
 def _complete_journey(options: DataOptions) -> Dataset:
     source = recblocks.completejourney(options.cache)
     timelines = source.timelines
-    timelines = _with_columns(timelines, row=torch.searchsorted(source.items, timelines.columns["item"]))
+    timelines = timelines.with_columns(row=torch.searchsorted(source.items, timelines.columns["item"]))
     cut = "2017-10-01" if options.judged == "held_out" else "2017-07-01"
     cut_time = int(dt.datetime.fromisoformat(cut).replace(tzinfo=dt.timezone.utc).timestamp())
     train, judged = _split(timelines, options.judged)

@@ -71,6 +71,19 @@ def windows(data: Dataset) -> list[Window]:
     return result
 
 
+def repeat_share(data: Dataset, judged_windows: list[Window]) -> float:
+    """Share of all positives that their user had an action on before the window: what memory alone could find."""
+    repeats, total = 0, 0
+    for window in judged_windows:
+        past, _ = recblocks.split_by_time(data.judged, window.start)
+        user, index = actions_of(past)
+        seen = user * len(data.content) + past.columns["row"][index]
+        user, place = window.positives
+        repeats += int(torch.isin(user * len(data.content) + data.corpus[place], seen).sum())
+        total += len(user)
+    return repeats / max(total, 1)
+
+
 def judge(name: str, data: Dataset, judged_windows: list[Window], method: Method) -> Judged:
     """Ask a method about every window."""
     shape = (len(data.judged), len(judged_windows))

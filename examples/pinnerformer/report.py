@@ -74,9 +74,9 @@ def verdict(rows: Sequence[Row]) -> list[str]:
         result = "loses" if row.less.low > 0 else "wins" if row.less.high < 0 else "equal"
         groups[result].append(row.name)
     sentences = {
-        "wins": f"Better than {model}: {', '.join(groups['wins'])}.",
-        "equal": f"Not told apart from {model}: {', '.join(groups['equal'])}.",
-        "loses": f"{model} is better than: {', '.join(groups['loses'])}.",
+        "wins": f"Better than {model}: {'; '.join(groups['wins'])}.",
+        "equal": f"Not told apart from {model}: {'; '.join(groups['equal'])}.",
+        "loses": f"{model} is better than: {'; '.join(groups['loses'])}.",
     }
     return [sentence for result, sentence in sentences.items() if groups[result]]
 
