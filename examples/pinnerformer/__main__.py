@@ -40,7 +40,7 @@ class Options:
     threads: int = 1
     """CPU threads of each model."""
     jobs: int = 2
-    """Models trained at a time; 1 under torchrun."""
+    """Models trained, and methods judged, at a time; under torchrun one model is trained at a time."""
 
 
 def main(options: Options) -> None:
@@ -120,12 +120,24 @@ def _methods(data: Dataset, options: Options, models: dict[str, Trained]) -> dic
     )
 
 
+def _judge_all(
+    data: Dataset, options: Options, models: dict[str, Trained], windows: list[evaluate.Window]
+) -> list[evaluate.Judged]:
+    """Models beside each other; the baselines, which share what they looked up, one after the other."""
+    methods = _methods(data, options, models)
+    groups = [[name] for name in models] + [[name for name in methods if name not in models]]
+
+    def judge(names: list[str]) -> list[evaluate.Judged]:
+        return [evaluate.judge(name, data, windows, methods[name]) for name in names]
+
+    with ThreadPoolExecutor(options.jobs) as pool:
+        return [judged for group in pool.map(judge, groups) for judged in group]
+
+
 def _report(console: Console, data: Dataset, options: Options, models: dict[str, Trained], began: float) -> None:
     windows = evaluate.windows(data)
-    judged = []
     with console.status("judging"):
-        for name, method in _methods(data, options, models).items():
-            judged.append(evaluate.judge(name, data, windows, method))
+        judged = _judge_all(data, options, models, windows)
     rows = report.compare(data, judged)
     inside, outside = (sum(count) for count in zip(*((len(w.positives[0]), w.outside) for w in windows), strict=True))
     notes = [
