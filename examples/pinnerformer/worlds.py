@@ -30,7 +30,9 @@ class Options:
     """How much to train; every model of a world gets the same."""
 
     model: tyro.conf.OmitArgPrefixes[ModelOptions] = dataclasses.field(
-        default_factory=lambda: ModelOptions(dim=64, hidden_dim=64, max_len=128, item_hidden_dim=128, start="random")
+        default_factory=lambda: ModelOptions(
+            dim=64, hidden_dim=64, max_len=128, item_hidden_dim=128, temperature=0.05, start="content"
+        )
     )
     steps: int = 1000
     users_per_batch: int = 32
