@@ -10,15 +10,16 @@ import subprocess
 import sys
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 import tyro
 
 import recblocks
 from examples.pinnerformer import __main__ as command
-from examples.pinnerformer import baselines, checkpoint, evaluate
+from examples.pinnerformer import baselines, checkpoint, evaluate, infer
 from examples.pinnerformer.data import DataOptions, Dataset, load
-from examples.pinnerformer.infer import Histories, embed_users
+from examples.pinnerformer.infer import Histories, embed_items, embed_users
 from examples.pinnerformer.model import ModelOptions, build_model
 from examples.pinnerformer.train import TrainOptions, train
 
@@ -45,7 +46,7 @@ OPTIONS = TrainOptions(steps=6, num_random=32, max_labels=8)
 
 
 def test_the_command_trains_judges_and_reports(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command.main(tyro.cli(command.Options, args=[*TINY, "--out", str(tmp_path)]))
+    command.main(tyro.cli(command.Options, args=[*TINY, "--protocols", "--out", str(tmp_path)]))
     page = (tmp_path / "report.html").read_text()
     for method in METHODS:
         assert f"<td>{method}</td>" in page
@@ -53,11 +54,34 @@ def test_the_command_trains_judges_and_reports(tmp_path: pathlib.Path, capsys: p
     assert "://" not in page
     assert page.count("data:image/png;base64,") == 4
     assert "PinnerSage 20, oracle" in capsys.readouterr().out.replace("\n", " ")
+    assert "daily minus once" in page
+    assert "realtime minus daily" in page
     assert sorted(path.name for path in tmp_path.glob("*.pt")) == [
         "pinnerformer.pt",
         "sasrec-bce.pt",
         "sasrec-softmax.pt",
     ]
+
+
+def test_inference_writes_what_the_model_answers(data: Dataset, sizes: ModelOptions, tmp_path: pathlib.Path) -> None:
+    trained = train(data, sizes, dataclasses.replace(OPTIONS, steps=2), path=tmp_path / "model.pt").model
+    time = data.cut - 80 * data.day  # early: some users have done nothing yet
+    where = ["--checkpoint", str(tmp_path / "model.pt"), "--out", str(tmp_path), "--time", str(time)]
+    infer.main(tyro.cli(infer.InferOptions, args=["--data", "uniform", "--world-users", "80", *where]))
+    users, items = (pq.read_table(tmp_path / f"{name}.parquet") for name in ("users", "items"))
+    torch.testing.assert_close(torch.tensor(items["embedding"].to_pylist()), embed_items(trained, data.corpus))
+    assert items["item"].to_pylist() == data.items[data.corpus].tolist()
+    written = dict(zip(users["user"].to_pylist(), users["embedding"].to_pylist(), strict=True))
+    whole = recblocks.simulate(dataclasses.replace(recblocks.UNIFORM, num_users=80), seed=0).actions
+    assert set(written) == set(whole["user"][whole["time"] <= time].tolist())
+    assert len(written) < 80
+    rows = torch.arange(len(data.judged))
+    expected = embed_users(
+        trained, Histories(data.judged), rows, torch.full_like(rows, time), max_len=sizes.max_len, batch_size=1
+    )
+    for user, embedded in zip(data.judged.users.tolist(), expected, strict=True):
+        # the batch is another one: float32 sums in another order
+        torch.testing.assert_close(torch.tensor(written.get(user, [0.0] * sizes.dim)), embedded, atol=1e-5, rtol=1e-4)
 
 
 def same(one: Any, other: Any) -> bool:
@@ -184,9 +208,9 @@ def test_histories_find_the_newest_action_of_any_moment(data: Dataset) -> None:
 def tiny(judged: recblocks.Timelines) -> Dataset:
     content = torch.eye(4)
     return Dataset(
-        name="tiny", train=judged, judged=judged, content=content, identity_dim=4, topics=torch.arange(4),
-        corpus=torch.tensor([0, 1, 2]), positive=lambda action: action["row"] >= 0, num_action_types=1, num_surfaces=1,
-        cut=1000 * 86400, num_windows=1,
+        name="tiny", train=judged, judged=judged, content=content, identity_dim=4, items=torch.arange(4),
+        topics=torch.arange(4), corpus=torch.tensor([0, 1, 2]), positive=lambda action: action["row"] >= 0,
+        num_action_types=1, num_surfaces=1, cut=1000 * 86400, num_windows=1,
     )  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import pathlib
 import sys
@@ -16,6 +17,7 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+import recblocks
 from examples.pinnerformer import baselines, evaluate, report
 from examples.pinnerformer.data import DataOptions, Dataset, load
 from examples.pinnerformer.model import ModelOptions
@@ -37,6 +39,8 @@ class Options:
     """Steps between two checkpoints."""
     sasrec_steps: int | None = None
     """Steps of each of the two SASRec baselines; 0: leave them out; default: as many as --steps."""
+    protocols: bool = False
+    """Also judge PinnerFormer action by action, from embeddings made once, daily and in real time."""
     threads: int = 1
     """CPU threads of each model."""
     jobs: int = 2
@@ -134,6 +138,33 @@ def _judge_all(
         return [judged for group in pool.map(judge, groups) for judged in group]
 
 
+def _by_protocol(data: Dataset, options: Options, trained: Trained) -> list[str]:
+    """What fresher embeddings are worth: recall of each action of the first window (PF 4.2.3)."""
+    judged = [
+        evaluate.protocol_recall(data, trained.model, protocol=protocol, max_len=options.model.max_len)
+        for protocol in evaluate.PROTOCOLS
+    ]
+    means = [recblocks.bootstrap_mean(one.recall, present=one.present, generator=_seeded()) for one in judged]
+    recall = ", ".join(
+        f"{one.name} {mean.mean:.4f} [{mean.low:.4f}, {mean.high:.4f}]" for one, mean in zip(judged, means, strict=True)
+    )
+    gains = [
+        f"{better.name} minus {worse.name} {less.mean:+.4f} [{less.low:+.4f}, {less.high:+.4f}]"
+        for worse, better in itertools.pairwise(judged)
+        for less in [
+            recblocks.paired_bootstrap(better.recall, worse.recall, present=worse.present, generator=_seeded())
+        ]
+    ]
+    return [
+        f"PinnerFormer's Recall@{evaluate.K} of each action of the first window, by when embeddings are made "
+        f"(PF Table 2): {recall}; {', '.join(gains)}."
+    ]
+
+
+def _seeded() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
 def _report(console: Console, data: Dataset, options: Options, models: dict[str, Trained], began: float) -> None:
     windows = evaluate.windows(data)
     with console.status("judging"):
@@ -151,6 +182,7 @@ def _report(console: Console, data: Dataset, options: Options, models: dict[str,
         f"The corpus is the {len(data.corpus)} items known at the cut; {outside} of {inside + outside} positives are "
         "not in it and are left out. A tie counts against the positive.",
         "PinnerSage's oracle picks the cluster closest to each positive, which no server could: a bound, not a list.",
+        *(_by_protocol(data, options, models["PinnerFormer"]) if options.protocols else []),
         f"Took {time.monotonic() - began:.0f} s.",
     ]
     title = f"PinnerFormer on {data.name}"

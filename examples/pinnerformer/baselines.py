@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import recblocks
-from examples.pinnerformer.data import Dataset, actions_of
+from examples.pinnerformer.data import Dataset
 from examples.pinnerformer.evaluate import LIST, Answer, Method, Window, by_lists, ranks_in
 from recblocks import Timelines
 
@@ -163,7 +163,7 @@ class PinnerSage:
 
 def _positive_places(data: Dataset, timelines: Timelines) -> tuple[Tensor, Tensor, Tensor]:
     """(user row, place in the corpus, index) of the positive actions on items of the corpus."""
-    user, index = actions_of(timelines)
+    user, index = timelines.actions()
     item = data.corpus_place[timelines.columns["row"][index]]
     kept = (item >= 0) & data.positive(timelines.gather(index))
     return user[kept], item[kept], index[kept]

@@ -50,6 +50,8 @@ class Dataset:
     identity_dim: int
     """So many leading columns of ``content`` are vectors of equal length whose products measure likeness; the last two
     of them only make the lengths equal."""
+    items: Tensor
+    """(N,) raw id of every item."""
     topics: Tensor
     """(N,) topic of every item."""
     corpus: Tensor
@@ -82,14 +84,6 @@ def load(options: DataOptions) -> Dataset:
     return _simulated(options)
 
 
-def actions_of(timelines: Timelines) -> tuple[Tensor, Tensor]:
-    """(A,) the row of the user and (A,) the index into the columns of every action, by user, newest first."""
-    lengths = timelines.ends - timelines.starts
-    user = torch.repeat_interleave(lengths)
-    before = lengths.cumsum(0) - lengths
-    return user, torch.arange(len(user)) + (timelines.starts - before)[user]
-
-
 def _split(timelines: Timelines, judged: str) -> tuple[Timelines, Timelines]:
     train, held_out = recblocks.split_by_user(timelines, held_out=0.2)
     if judged == "held_out":
@@ -113,6 +107,7 @@ def _simulated(options: DataOptions) -> Dataset:
         judged=judged,
         content=torch.nn.functional.pad(seen.items.embedding, (0, 2)),  # of equal length as they are
         identity_dim=seen.items.embedding.shape[1] + 2,
+        items=torch.arange(len(seen.items.topic)),
         topics=seen.items.topic,
         corpus=torch.arange(len(seen.items.topic)),
         positive=recblocks.positive_engagement,
@@ -131,7 +126,7 @@ def _complete_journey(options: DataOptions) -> Dataset:
     cut_time = int(dt.datetime.fromisoformat(cut).replace(tzinfo=dt.timezone.utc).timestamp())
     train, judged = _split(timelines, options.judged)
     known = recblocks.split_by_time(timelines, cut_time)[0]
-    corpus = torch.unique(known.columns["row"][actions_of(known)[1]])
+    corpus = torch.unique(known.columns["row"][known.actions()[1]])
     bought, popularity = purchase_vectors(train, cut_time, num_items=len(source.items), dim=128)
     content = torch.cat([bought, text_vectors(_product_words(source.item_text), dim=64), popularity], 1)
     _, topics = np.unique(source.item_text["product_category"], return_inverse=True)
@@ -141,6 +136,7 @@ def _complete_journey(options: DataOptions) -> Dataset:
         judged=judged,
         content=content,
         identity_dim=bought.shape[1],
+        items=source.items,
         topics=torch.from_numpy(topics),
         corpus=corpus,
         positive=_every_purchase,
@@ -177,7 +173,7 @@ def purchase_vectors(
     the vectors as they were.
     """
     past = recblocks.split_by_time(train, cut)[0]
-    user, index = actions_of(past)
+    user, index = past.actions()
     item, days = past.columns["row"][index], (cut - past.columns["time"][index]) / DAY
     weight = (0.5 ** (days / half_life)).float()
     shape = (len(past), num_items)

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 import recblocks
-from examples.pinnerformer.data import Dataset, actions_of
+from examples.pinnerformer.data import Dataset
 from examples.pinnerformer.infer import Histories, embed_items, embed_users
 from examples.pinnerformer.model import PinnerFormer
 
 K = 10
 LIST = 50
 DAYS = 14
+PROTOCOLS = ("once", "daily", "realtime")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +63,7 @@ def windows(data: Dataset) -> list[Window]:
         start = data.cut + number * DAYS * data.day
         _, future = recblocks.split_by_time(data.judged, start)
         inside, _ = recblocks.split_by_time(future, start + DAYS * data.day)
-        user, index = actions_of(inside)
+        user, index = inside.actions()
         kept = data.positive(inside.gather(index))
         user, item = user[kept], inside.columns["row"][index[kept]]
         user, item = recblocks.unique_pairs((user, item))
@@ -76,7 +77,7 @@ def repeat_share(data: Dataset, judged_windows: list[Window]) -> float:
     repeats, total = 0, 0
     for window in judged_windows:
         past, _ = recblocks.split_by_time(data.judged, window.start)
-        user, index = actions_of(past)
+        user, index = past.actions()
         seen = user * len(data.content) + past.columns["row"][index]
         user, place = window.positives
         repeats += int(torch.isin(user * len(data.content) + data.corpus[place], seen).sum())
@@ -148,7 +149,7 @@ def ranks_in(lists: recblocks.TopK, item: Tensor) -> Tensor:
 def protocol_recall(data: Dataset, model: PinnerFormer, *, protocol: str, max_len: int) -> Judged:
     """Recall@10 of each specific action in the first window, from embeddings made once, daily or in real time."""
     histories = Histories(data.judged)
-    user, index = actions_of(data.judged)
+    user, index = data.judged.actions()
     item = data.corpus_place[data.judged.columns["row"][index]]
     kept = data.positive(data.judged.gather(index)) & (item >= 0)
     ranked = recblocks.protocol_ranks(

@@ -1,13 +1,75 @@
-"""Embed users as of any moment, and items, with a trained model."""
+"""Embed users as of any moment, and items, with a trained model.
+
+``python -m examples.pinnerformer.infer`` writes them to two Parquet files.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import pathlib
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
+import tyro
 from torch import Tensor
 
-from examples.pinnerformer.data import actions_of
-from examples.pinnerformer.model import PinnerFormer
+from examples.pinnerformer import checkpoint
+from examples.pinnerformer.data import DataOptions, Dataset, load
+from examples.pinnerformer.model import ModelOptions, PinnerFormer, build_model
 from recblocks import Timelines
+
+
+@dataclasses.dataclass(frozen=True)
+class InferOptions:
+    """Embed every user and every item of the corpus with a trained model."""
+
+    data: tyro.conf.OmitArgPrefixes[DataOptions] = dataclasses.field(default_factory=DataOptions)
+    checkpoint: pathlib.Path = pathlib.Path("build/pinnerformer/pinnerformer.pt")
+    """What training wrote, on the same data."""
+    out: pathlib.Path = pathlib.Path("build/pinnerformer")
+    """Folder of users.parquet (user, embedding) and items.parquet (item, embedding)."""
+    time: int | None = None
+    """Read actions up to this time, in the timelines' unit; default: the end of training."""
+    device: str = "cpu"
+    threads: int = 1
+    """CPU threads."""
+
+
+def main(options: InferOptions) -> None:
+    """Load, embed and write."""
+    torch.set_num_threads(options.threads)
+    data = load(options.data)
+    model, max_len = load_model(options.checkpoint, data)
+    model.to(options.device)
+    time = data.cut if options.time is None else options.time
+    ids, users, without = [], [], 0
+    for timelines in (data.train, data.judged):
+        histories, rows = Histories(timelines), torch.arange(len(timelines))
+        cuts = torch.full_like(rows, time)
+        known = histories.newest(rows, cuts) < timelines.ends
+        embedded = embed_users(model, histories, rows[known], cuts[known], max_len=max_len)
+        ids, users, without = [*ids, timelines.users[known]], [*users, embedded], without + int((~known).sum())
+    options.out.mkdir(parents=True, exist_ok=True)
+    _write(options.out / "users.parquet", "user", torch.cat(ids), torch.cat(users))
+    _write(options.out / "items.parquet", "item", data.items[data.corpus], embed_items(model, data.corpus))
+    print(f"Wrote {sum(map(len, ids))} users and {len(data.corpus)} items to {options.out}; ", end="")
+    print(f"{without} users have no action up to {time} and are left out.")
+
+
+def load_model(path: pathlib.Path, data: Dataset) -> tuple[PinnerFormer, int]:
+    """The model of a checkpoint, and how many of a user's newest actions it reads."""
+    state = checkpoint.load(path)
+    names = [field.name for field in dataclasses.fields(ModelOptions)]
+    sizes = ModelOptions(**{name: state["options"][name] for name in names})
+    model = build_model(data, sizes)
+    model.load_state_dict(state["model"])
+    return model.eval(), sizes.max_len
+
+
+def _write(path: pathlib.Path, name: str, ids: Tensor, embedded: Tensor) -> None:
+    vectors = pa.FixedSizeListArray.from_arrays(pa.array(embedded.flatten().numpy()), embedded.shape[1])
+    pq.write_table(pa.table({name: pa.array(ids.numpy()), "embedding": vectors}), path)
 
 
 class Histories:
@@ -15,7 +77,7 @@ class Histories:
 
     def __init__(self, timelines: Timelines) -> None:
         self.timelines = timelines
-        user, index = actions_of(timelines)
+        user, index = timelines.actions()
         time = timelines.columns["time"][index]
         self.latest = int(time.max())
         self.age_bits = int(self.latest - time.min()).bit_length() + 1
@@ -60,3 +122,7 @@ def embed_items(model: PinnerFormer, rows: Tensor) -> Tensor:
 def model_columns(timelines: Timelines, index: Tensor) -> dict[str, Tensor]:
     """What the model reads of the actions ``index``."""
     return timelines.gather(index, ("row", "action_type", "surface", "duration", "time"))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(InferOptions, description=__doc__))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from typing import Literal
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 
 from examples.pinnerformer.data import Dataset
 from recblocks import ActionEncoder, CausalSequenceEncoder, ItemEncoder, LearnedTemperature
+
+_SEEDED = threading.Lock()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,16 +104,18 @@ class PinnerFormer(nn.Module):
         return embedded
 
 
-def build_model(data: Dataset, options: ModelOptions) -> PinnerFormer:
-    """A model of the sizes that the data asks for."""
-    return PinnerFormer(
-        data.content,
-        identity_dim=data.identity_dim,
-        num_action_types=data.num_action_types,
-        num_surfaces=data.num_surfaces,
-        unit=data.train.unit,
-        options=options,
-    )
+def build_model(data: Dataset, options: ModelOptions, *, seed: int = 0) -> PinnerFormer:
+    """A model of the sizes that the data asks for; of several built at once each draws from its own seed."""
+    with _SEEDED:
+        torch.manual_seed(seed)
+        return PinnerFormer(
+            data.content,
+            identity_dim=data.identity_dim,
+            num_action_types=data.num_action_types,
+            num_surfaces=data.num_surfaces,
+            unit=data.train.unit,
+            options=options,
+        )
 
 
 @torch.no_grad()

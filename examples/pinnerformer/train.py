@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import math
 import pathlib
-import threading
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -23,7 +22,6 @@ from examples.pinnerformer.infer import model_columns
 from examples.pinnerformer.model import ModelOptions, PinnerFormer, build_model
 from recblocks import CountMinSketch, Examples, TrainingBatches
 
-_BUILDING = threading.Lock()
 OBJECTIVES = {
     "dense_all_action": recblocks.dense_all_action,
     "all_action": recblocks.all_action,
@@ -97,9 +95,7 @@ def train(
         on_step: called with the number of finished steps and the loss.
     """
     device = torch.device(options.device)
-    with _BUILDING:  # of two models trained at once each draws from its own seed
-        torch.manual_seed(options.seed)
-        model = build_model(data, sizes).to(device)
+    model = build_model(data, sizes, seed=options.seed).to(device)
     optimizer = torch.optim.AdamW(_parameter_groups(model, options.weight_decay), lr=options.learning_rate)
     sketch = CountMinSketch(width=1 << 17, depth=4).to(device)
     batches = _batches(data, sizes, options)

@@ -21,7 +21,6 @@ from examples.pinnerformer.data import DataOptions, Dataset, load
 from examples.pinnerformer.model import ModelOptions
 from examples.pinnerformer.train import OBJECTIVES, TrainOptions, train
 
-PROTOCOLS = ("once", "daily", "realtime")
 POOL = 200  # columns, about the share of the corpus that the paper's pool has of its index
 
 
@@ -133,7 +132,7 @@ def _judge(results: Results, name: str, data: Dataset, options: Options, changed
     max_len = options.model.max_len
     retrieval = evaluate.judge(name, data, evaluate.windows(data), evaluate.by_model(data, model, max_len=max_len))
     results.add(name, "14 days", retrieval)
-    for protocol in PROTOCOLS:
+    for protocol in evaluate.PROTOCOLS:
         results.add(name, protocol, evaluate.protocol_recall(data, model, protocol=protocol, max_len=max_len))
 
 

@@ -137,7 +137,7 @@ class Timelines:
         """
         from recblocks.timelines import tables
 
-        row, index = expand_ranges(self.starts, self.ends)
+        row, index = self.actions()
         return tables.arrow_from_columns({"user": self.users[row], **self.gather(index)}, unit=self.unit)
 
     def to_parquet(self, path: str | os.PathLike[str]) -> None:
@@ -264,13 +264,24 @@ class Timelines:
         row = torch.searchsorted(self.users, user_ids).clamp(max=len(self) - 1)
         return torch.where(self.users[row] == user_ids, row, -1)
 
+    def actions(self) -> tuple[Tensor, Tensor]:
+        """List every action of the users at hand: (A,) its user's row and (A,) its index into the columns.
+
+        Example:
+            >>> time = torch.tensor([10, 20, 30])
+            >>> timelines = Timelines.from_arrays(user=torch.tensor([7, 3, 7]), time=time, item=time, unit="s")
+            >>> timelines.select(torch.tensor([1])).actions()
+            (tensor([0, 0]), tensor([1, 2]))
+        """
+        return expand_ranges(self.starts, self.ends)
+
     def gather(self, index: Tensor, names: Iterable[str] | None = None) -> dict[str, Tensor]:
         """Return columns (all, or the named ones) at action indices of any shape."""
         return {name: self.columns[name][index] for name in (self.columns if names is None else names)}
 
     def save(self, path: str | os.PathLike[str]) -> Timelines:
         """Write the users at hand, those without actions too, to a folder that is not there yet or empty; open it."""
-        _, index = expand_ranges(self.starts, self.ends)
+        _, index = self.actions()
         with storage.TimelinesWriter(path, unit=self.unit) as writer:
             writer.append_timelines(self.users, self.ends - self.starts, self.gather(index))
         return Timelines.open(path)
