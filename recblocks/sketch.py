@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ _GOLDEN = 0x9E3779B97F4A7C15  # the increment and the two multipliers of splitmi
 _FIRST = 0xBF58476D1CE4E5B9
 _SECOND = 0x94D049BB133111EB
 _LOW_32 = (1 << 32) - 1
-_CHUNK = 1 << 17  # ids hashed at a time on a CPU, so that their hashes stay in cache
+_CHUNK = 1 << 16  # ids hashed at a time on a CPU, so that their hashes stay in cache
 _PRECISION = 14  # log2 of HyperLogLog++'s registers: 16 KiB, a standard error of 0.8 %
 
 
@@ -180,17 +181,15 @@ class CountMinSketch(nn.Module):
             return
         if counts is not None and _checks.readable(counts) and counts.numel():
             self._check_counts(counts)
-        ids = ids.flatten()
-        pending, one = self.pending, torch.full((), _SIGHTING, dtype=torch.int64, device=ids.device)
-        amounts = one.expand(ids.shape) if counts is None else _fixed_point(counts.flatten())
-        parts: Iterable[tuple[Tensor, Tensor]] = [(ids, amounts)]
-        chunk = max(_CHUNK, 4 * self.width)  # a long row of counters is fetched once a chunk
-        if _checks.readable(ids) and len(ids) > chunk:
-            parts = zip(torch.split(ids, chunk), torch.split(amounts, chunk), strict=True)
-        for some_ids, some_amounts in parts:
-            for row, buckets in enumerate(self._buckets(some_ids)):
-                pending[row].index_add_(0, buckets, some_amounts)
-        self.pending_total.add_(amounts.sum())
+        ids, amounts = ids.flatten(), None if counts is None else _fixed_point(counts.flatten())
+        size = min(_CHUNK, ids.shape[0]) if _checks.readable(ids) else ids.shape[0]
+        added = torch.full((self.depth, size), _SIGHTING, device=ids.device)
+        for start in range(0, ids.shape[0], max(size, 1)):
+            buckets = self._buckets(ids[start : start + size])
+            if amounts is not None:
+                added[:, : buckets.shape[1]] = amounts[start : start + size]
+            self.pending.scatter_add_(1, buckets, added)  # on a CPU the threads share the rows
+        self.pending_total.add_(ids.shape[0] * _SIGHTING if amounts is None else amounts.sum())
 
     def query(self, ids: Tensor) -> Tensor:
         """Answer how often each id was seen, in sightings; never too low.
@@ -202,11 +201,9 @@ class CountMinSketch(nn.Module):
             (...) float64, between 0 and ``total``; whole counts are exact up to 2**46.
         """
         _checks.integers("ids", ids)
-        smallest: Tensor | None = None
-        for row, buckets in enumerate(self._buckets(ids.flatten())):
-            counters = self.synced[row, buckets] + self.pending[row, buckets]
-            smallest = counters if smallest is None else torch.minimum(smallest, counters)
-        assert smallest is not None
+        buckets = self._buckets(ids.flatten())
+        counters = self.synced.gather(1, buckets) + self.pending.gather(1, buckets)
+        smallest: Tensor = functools.reduce(torch.minimum, counters)  # amin(0) is 30 times slower on a CPU
         return (smallest.double() / _SIGHTING).view(ids.shape)
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -286,8 +283,8 @@ class CountMinSketch(nn.Module):
         """Name the shape and the seed."""
         return f"width={self.width}, depth={self.depth}, seed={self.seed}"
 
-    def _buckets(self, ids: Tensor) -> Iterator[Tensor]:
-        """Yield each row's counter of each id, (N,)."""
+    def _buckets(self, ids: Tensor) -> Tensor:
+        """Return each row's counter of each id, (depth, N)."""
         buckets = _numpy_buckets if _checks.readable(ids) else _torch_buckets
         return buckets(ids, self._offset, self._multipliers, self.width, self.depth)
 
@@ -325,34 +322,32 @@ def _multiply_rounding_up(counters: Tensor, factor: float) -> Tensor:
     return high * high_factor + ((middle + digit) >> 31)
 
 
-def _torch_buckets(ids: Tensor, offset: int, multipliers: list[int], width: int, depth: int) -> Iterator[Tensor]:
+def _torch_buckets(ids: Tensor, offset: int, multipliers: list[int], width: int, depth: int) -> Tensor:
     """Hash by floor(u x width / 2**32), u 32 bits of ``mixed * multiplier``; one product serves two rows."""
     mixed = _mix(ids, offset)
-    for row in range(depth):
-        if row % 2 == 0:
-            product = mixed * multipliers[row // 2]
-            hashed = (product >> 32).bitwise_and_(_LOW_32)
-        else:
-            hashed = product.bitwise_and_(_LOW_32)
-        yield hashed.mul_(width).bitwise_right_shift_(32)
+    hashed = []
+    for multiplier in multipliers:
+        product = mixed * multiplier
+        hashed += [(product >> 32) & _LOW_32, product & _LOW_32]
+    return torch.stack(hashed[:depth]).mul_(width).bitwise_right_shift_(32)
 
 
-def _numpy_buckets(ids: Tensor, offset: int, multipliers: list[int], width: int, depth: int) -> Iterator[Tensor]:
+def _numpy_buckets(ids: Tensor, offset: int, multipliers: list[int], width: int, depth: int) -> Tensor:
     """Hash to the same buckets on a CPU, 2.5 times faster: numpy has unsigned shifts and cheaper calls."""
-    half, size = np.uint64(32), np.uint64(width)
+    half = np.uint64(32)
     mixed = ids.numpy().view(np.uint64) + np.uint64(offset % (1 << 64))
     mixed ^= mixed >> half
     mixed *= np.uint64(_FIRST)
     mixed ^= mixed >> np.uint64(29)
-    for row in range(depth):
-        if row % 2 == 0:
-            product = mixed * np.uint64(multipliers[row // 2] % (1 << 64))
-            hashed = product >> half
-        else:
-            hashed = np.bitwise_and(product, np.uint64(_LOW_32), out=product)
-        hashed *= size
-        hashed >>= half
-        yield torch.from_numpy(hashed.view(np.int64))
+    hashed = np.empty((depth, len(mixed)), np.uint64)
+    for row in range(0, depth, 2):
+        product = mixed * np.uint64(multipliers[row // 2] % (1 << 64))
+        np.right_shift(product, half, out=hashed[row])
+        if row + 1 < depth:
+            np.bitwise_and(product, np.uint64(_LOW_32), out=hashed[row + 1])
+    hashed *= np.uint64(width)
+    hashed >>= half
+    return torch.from_numpy(hashed.view(np.int64))
 
 
 def _mix(ids: Tensor, offset: int) -> Tensor:
