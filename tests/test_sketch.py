@@ -155,13 +155,14 @@ def test_errors_are_those_of_apache_datasketches():
     assert sum(excess["ours"]) == pytest.approx(sum(excess["theirs"]), rel=0.02)
 
 
-def test_ids_beyond_one_chunk_are_all_counted():
-    ids = torch.arange(300_000) % 7
+@pytest.mark.parametrize("counts", [None, torch.arange(300_000) // 50_000])
+def test_ids_beyond_one_chunk_are_all_counted(counts):
+    ids = torch.arange(300_000) // 30_000
     sketch = CountMinSketch(1000, 3)
-    sketch.update(ids.view(3, -1), torch.ones(3, 100_000))
-    truth = ids.bincount().double()
-    assert torch.equal(sketch.query(torch.arange(7)), truth)
-    assert sketch.total.item() == 300_000
+    sketch.update(ids.view(3, -1), None if counts is None else counts.view(3, -1))
+    truth = ids.bincount(None if counts is None else counts.double()).double()
+    assert torch.equal(sketch.query(torch.arange(10)), truth)
+    assert sketch.total.item() == truth.sum()
 
 
 @given(ids=st.lists(IDS), shape=SHAPES, seed=st.integers(0, HIGHEST))
