@@ -43,7 +43,7 @@ class Options:
     """Also judge PinnerFormer action by action, from embeddings made once, daily and in real time."""
     threads: int = 1
     """CPU threads of each model."""
-    jobs: int = 2
+    jobs: int = 3
     """Models trained, and methods judged, at a time; under torchrun one model is trained at a time."""
 
 
@@ -106,36 +106,33 @@ def _train_all(console: Console, data: Dataset, options: Options, *, jobs: int) 
         return {name: future.result() for name, future in running.items()}
 
 
-def _methods(data: Dataset, options: Options, models: dict[str, Trained]) -> dict[str, evaluate.Method]:
-    max_len = options.model.max_len
-    near = baselines.Neighbours(data)
-    few, many = (baselines.PinnerSage(data, near, num_clusters=count) for count in (5, 20))
+def _methods(data: Dataset, options: Options, models: dict[str, Trained]) -> Iterator[dict[str, evaluate.Method]]:
+    """Everything that is judged, in groups that share nothing."""
+    for name, trained in models.items():
+        yield {name: evaluate.by_model(data, trained.model, max_len=options.model.max_len)}
     scores = {
         "popularity, 28 days": baselines.popularity(data),
         "own most recent": baselines.own_most_recent(data),
         "own most frequent": baselines.own_most_frequent(data),
         "own frequency + popularity": baselines.frequent_and_popular(data),
     }
-    return (
-        {name: evaluate.by_model(data, trained.model, max_len=max_len) for name, trained in models.items()}
-        | {name: evaluate.by_scores(score) for name, score in scores.items()}
-        | {"PinnerSage 5, oracle": few.oracle(), "PinnerSage 5, round robin": few.blended()}
-        | {"PinnerSage 20, oracle": many.oracle(), "PinnerSage 20, round robin": many.blended()}
-    )
+    yield {name: evaluate.by_scores(score) for name, score in scores.items()}
+    clusters = baselines.PinnerSage(data)
+    yield {
+        f"PinnerSage {count}, {how}": method
+        for count in (5, 20)
+        for how, method in (("oracle", clusters.oracle(count)), ("round robin", clusters.blended(count)))
+    }
 
 
 def _judge_all(
     data: Dataset, options: Options, models: dict[str, Trained], windows: list[evaluate.Window]
 ) -> list[evaluate.Judged]:
-    """Models beside each other; the baselines, which share what they looked up, one after the other."""
-    methods = _methods(data, options, models)
-    groups = [[name] for name in models] + [[name for name in methods if name not in models]]
-
-    def judge(names: list[str]) -> list[evaluate.Judged]:
-        return [evaluate.judge(name, data, windows, methods[name]) for name in names]
+    def judge(methods: dict[str, evaluate.Method]) -> list[evaluate.Judged]:
+        return [evaluate.judge(name, data, windows, method) for name, method in methods.items()]
 
     with ThreadPoolExecutor(options.jobs) as pool:
-        return [judged for group in pool.map(judge, groups) for judged in group]
+        return [judged for group in pool.map(judge, _methods(data, options, models)) for judged in group]
 
 
 def _by_protocol(data: Dataset, options: Options, trained: Trained) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -92,37 +93,40 @@ class Neighbours:
 class PinnerSage:
     """Medoids of Ward clusters of what a user acted on in the last 90 days, the weightiest ``num_clusters`` of them.
 
-    A cluster weighs the sum of exp(-0.01 days) over its actions. Items are compared by content.
+    A cluster weighs the sum of exp(-0.01 days) over its actions. Items are compared by content. What was clustered or
+    looked up once is kept for the next question, so a `PinnerSage` answers one thread.
     """
 
-    def __init__(self, data: Dataset, near: Neighbours, *, num_clusters: int, days: int = 90) -> None:
+    def __init__(self, data: Dataset, *, days: int = 90) -> None:
         self.data = data
-        self.near = near
-        self.content = near.content
-        self.num_clusters = num_clusters
+        self.near = Neighbours(data)
         self.days = days
+        self.medoids = functools.cache(self._medoids)
+        self._trees: dict[tuple[int, int], np.ndarray] = {}
 
-    def medoids(self, window: Window) -> tuple[Tensor, Tensor]:
+    def _medoids(self, start: int, num_clusters: int) -> tuple[Tensor, Tensor]:
         """(U, num_clusters) rows of items, the weightiest cluster first, and which of them there are."""
-        past, _ = recblocks.split_by_time(self.data.judged, window.start)
-        _, recent = recblocks.split_by_time(past, window.start - self.days * self.data.day)
-        items = torch.zeros(len(past), self.num_clusters, dtype=torch.int64)
-        valid = torch.zeros(len(past), self.num_clusters, dtype=torch.bool)
+        past, _ = recblocks.split_by_time(self.data.judged, start)
+        _, recent = recblocks.split_by_time(past, start - self.days * self.data.day)
+        items = torch.zeros(len(past), num_clusters, dtype=torch.int64)
+        valid = torch.zeros(len(past), num_clusters, dtype=torch.bool)
         for user, (low, high) in enumerate(zip(recent.starts.tolist(), recent.ends.tolist(), strict=True)):
             item = recent.columns["row"][low:high]
-            age = (window.start - recent.columns["time"][low:high]) / self.data.day
-            chosen = self._of_user(item, torch.exp(-0.01 * age))
+            weight = torch.exp(-0.01 * (start - recent.columns["time"][low:high]) / self.data.day)
+            different, place = torch.unique(item, return_inverse=True)
+            weights = torch.zeros(len(different)).index_add_(0, place, weight.float())
+            if len(different) <= 2:
+                chosen = different[weights.argsort(descending=True)][:num_clusters]
+            else:
+                chosen = self._of_user((start, user), different, weights, num_clusters)
             items[user, : len(chosen)], valid[user, : len(chosen)] = chosen, True
         return items, valid
 
-    def _of_user(self, item: Tensor, weight: Tensor) -> Tensor:
-        different, place = torch.unique(item, return_inverse=True)
-        weights = torch.zeros(len(different)).index_add_(0, place, weight.float())
-        if len(different) <= 2:
-            return different[weights.argsort(descending=True)][: self.num_clusters]
-        vectors = self.content[different]
-        tree = scipy.cluster.hierarchy.linkage(vectors.numpy(), "ward")
-        labels = scipy.cluster.hierarchy.fcluster(tree, self.num_clusters, "maxclust")
+    def _of_user(self, key: tuple[int, int], items: Tensor, weights: Tensor, num_clusters: int) -> Tensor:
+        vectors = self.near.content[items]
+        if key not in self._trees:
+            self._trees[key] = scipy.cluster.hierarchy.linkage(vectors.numpy(), "ward")
+        labels = scipy.cluster.hierarchy.fcluster(self._trees[key], num_clusters, "maxclust")
         cluster = torch.from_numpy(np.ascontiguousarray(labels)).long() - 1
         count = int(cluster.max()) + 1
         same = (cluster[:, None] == cluster).float()
@@ -131,28 +135,29 @@ class PinnerSage:
         order = torch.argsort(spread, stable=True)
         order = order[torch.argsort(cluster[order], stable=True)]
         first = torch.cat([torch.ones(1, dtype=torch.bool), cluster[order].diff() != 0])
-        return different[order[first]][mass.argsort(descending=True)]
+        return items[order[first]][mass.argsort(descending=True)]
 
-    def oracle(self) -> Method:
+    def oracle(self, num_clusters: int) -> Method:
         """Each positive is looked for with the medoid closest to it: a bound, not a list that anybody could show."""
 
         def answer(window: Window) -> Answer:
-            items, valid = self.medoids(window)
+            items, valid = self.medoids(window.start, num_clusters)
             user, item = window.positives
             ranks = torch.full_like(user, LIST)
             known = valid.any(1)[user]
             positives = (user[known], item[known])
-            closest = recblocks.closest_embedding(self.content[items], self.near.corpus, positives, valid=valid)
+            medoids = self.near.content[items]
+            closest = recblocks.closest_embedding(medoids, self.near.corpus, positives, valid=valid)
             ranks[known] = ranks_in(self.near.of(items.flatten()[closest]), positives[1])
             return Answer(ranks, None)
 
         return answer
 
-    def blended(self) -> Method:
+    def blended(self, num_clusters: int) -> Method:
         """The medoids' lists in turn: the first one's best item, the second one's best, and so on."""
 
         def answer(window: Window) -> Answer:
-            items, valid = self.medoids(window)
+            items, valid = self.medoids(window.start, num_clusters)
             lists = self.near.of(items.flatten())
             shape = (*items.shape, LIST)
             shown = lists.valid.view(shape) & valid[..., None]
