@@ -131,8 +131,10 @@ def _judge_all(
     def judge(methods: dict[str, evaluate.Method]) -> list[evaluate.Judged]:
         return [evaluate.judge(name, data, windows, method) for name, method in methods.items()]
 
+    groups = list(_methods(data, options, models))
     with ThreadPoolExecutor(options.jobs) as pool:
-        return [judged for group in pool.map(judge, _methods(data, options, models)) for judged in group]
+        running = [pool.submit(judge, group) for group in reversed(groups)]  # PinnerSage takes longest
+        return [judged for group in reversed(running) for judged in group.result()]
 
 
 def _by_protocol(data: Dataset, options: Options, trained: Trained) -> list[str]:
