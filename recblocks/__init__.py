@@ -3,6 +3,13 @@
 from recblocks.evaluation._pairs import unique_pairs
 from recblocks.evaluation.diversity import coverage_at_k, interest_entropy_at_k
 from recblocks.evaluation.index import ItemIndex
+from recblocks.evaluation.per_user import (
+    PerUser,
+    hit_rate_per_user,
+    ndcg_per_user,
+    recall_per_user,
+    reciprocal_rank_per_user,
+)
 from recblocks.evaluation.protocols import (
     EmbeddingPoints,
     JudgedPositives,
@@ -10,13 +17,6 @@ from recblocks.evaluation.protocols import (
     in_window,
     protocol_ranks,
     reference_times,
-)
-from recblocks.evaluation.ranking import (
-    PerUser,
-    hit_rate_per_user,
-    ndcg_per_user,
-    recall_per_user,
-    reciprocal_rank_per_user,
 )
 from recblocks.evaluation.retrieval import TopK, positive_ranks, recall_at_k, retrieval_ranks, retrieve, top_k
 from recblocks.evaluation.several_embeddings import closest_embedding, round_robin

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from recblocks.evaluation._pairs import unique_pairs
-from recblocks.evaluation.ranking import ndcg_per_user, reciprocal_rank_per_user
+from recblocks.evaluation.per_user import ndcg_per_user, reciprocal_rank_per_user
 from recblocks.evaluation.retrieval import positive_ranks, recall_at_k, retrieval_ranks, retrieve, top_k
 
 INNER = "inner_product"

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from recblocks import _checks
 from recblocks.evaluation._pairs import ItemMask, Pairs, check_pairs, unique_pairs
-from recblocks.evaluation.ranking import recall_per_user
+from recblocks.evaluation.per_user import recall_per_user
 
 METRICS = ("euclidean", "inner_product")
 _NEVER = 2**53
