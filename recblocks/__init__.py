@@ -39,6 +39,7 @@ from recblocks.negatives.gather import gather_rows
 from recblocks.negatives.log_q import mixed_log_q
 from recblocks.negatives.pool import NegativePool, mixed_negative_pool
 from recblocks.sequence.causal_encoder import CausalSequenceEncoder
+from recblocks.sequence.fusion import fuse_append, fuse_concat
 from recblocks.sketch import CountMinSketch
 from recblocks.timelines.cleaning import CleanedActions, CleaningReport, clean_actions
 from recblocks.timelines.convert import from_newest_first, to_newest_first
@@ -51,14 +52,16 @@ from recblocks.timelines.splits import split_by_time, split_by_user, user_shares
 from recblocks.timelines.storage import TimelinesWriter
 from recblocks.timelines.tables import columns_from_arrow
 from recblocks.timelines.timeline import Timelines, write_timelines
-from recblocks.timelines.worlds import INTERESTS, MARKOV, UNIFORM, World
+from recblocks.timelines.worlds import INDIFFERENT, INTERESTS, MARKOV, RESPONSIVE, UNIFORM, World
 
 __version__ = "0.1.0.dev0"
 
 __all__ = [
+    "INDIFFERENT",
     "INTERESTS",
     "MARKOV",
     "PINNERFORMER_PERIODS",
+    "RESPONSIVE",
     "UNIFORM",
     "ActionEncoder",
     "Anchors",
@@ -99,6 +102,8 @@ __all__ = [
     "embedding_points",
     "equal_user_weights",
     "from_newest_first",
+    "fuse_append",
+    "fuse_concat",
     "gap_to_next_older",
     "gather_rows",
     "hit_rate_per_user",

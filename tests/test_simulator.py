@@ -11,7 +11,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from recblocks import INTERESTS, MARKOV, UNIFORM, Simulation, Timelines, World, positive_engagement, simulate
+from recblocks import (
+    INDIFFERENT,
+    INTERESTS,
+    MARKOV,
+    RESPONSIVE,
+    UNIFORM,
+    Simulation,
+    Timelines,
+    World,
+    positive_engagement,
+    simulate,
+)
 from recblocks.timelines import simulator
 
 DAY = 86_400_000
@@ -22,6 +33,8 @@ SMALL = {
     "interests": dataclasses.replace(INTERESTS, num_users=800, num_items=4_000),
     "markov": dataclasses.replace(MARKOV, num_users=800),
     "uniform": dataclasses.replace(UNIFORM, num_users=800, num_items=1_000),
+    "responsive": dataclasses.replace(RESPONSIVE, num_users=800),
+    "indifferent": dataclasses.replace(INDIFFERENT, num_users=800),
 }
 
 
@@ -286,21 +299,89 @@ def test_users_hide_what_they_do_not_care_for_and_engage_with_what_they_do(seen:
 
 
 @pytest.mark.parametrize(
-    ("column", "life"), [("intents", INTERESTS.intent_hours / 24), ("interests", INTERESTS.interest_days)]
+    ("name", "column", "life"),
+    [
+        ("interests", "intents", INTERESTS.intent_hours / 24),
+        ("interests", "interests", INTERESTS.interest_days),
+        ("responsive", "dislikes", RESPONSIVE.dislike_days),
+    ],
 )
-def test_interests_last_and_intents_do_not(seen: dict[str, Simulation], column: str, life: float) -> None:
-    truth = seen["interests"].truth
+def test_topics_last_as_long_as_the_world_says(
+    seen: dict[str, Simulation], name: str, column: str, life: float
+) -> None:
+    truth = seen[name].truth
     topic = getattr(truth, column)
     topic = topic[:, 0] if topic.ndim == 2 else topic
     same_user = truth.session_user.diff() == 0
     keep = torch.exp(-truth.session_time.diff().double() / DAY / life)[same_user]
-    by_chance = (truth.topic_popularity.double() ** 2).sum()
+    alike = torch.full_like(truth.topic_popularity, 1 / len(truth.topic_popularity))
+    by_chance = ((alike if column == "dislikes" else truth.topic_popularity).double() ** 2).sum()
     expected = keep + (1 - keep) * by_chance
     stays = (topic.diff() == 0)[same_user].double()
     # 1 %: a session that is put off because the one before runs late changes its gap after the draw.
     assert (
         abs(stays.mean() - expected.mean()) <= SIGMAS * (expected * (1 - expected)).sum().sqrt() / stays.numel() + 0.01
     )
+
+
+def tables_of_responsive(simulation: Simulation) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Of every impression: its action type, and whether its topic is liked, meant, disliked; and its session."""
+    impressions, truth = simulation.impressions, simulation.truth
+    session = simulation.requests["session"][impressions["request"]]
+    topic = simulation.items.topic[impressions["item"]][:, None]
+    liked = (truth.interests[session] == topic).any(1)
+    meant = truth.intents[session] == topic[:, 0]
+    disliked = (truth.dislikes[session] == topic).any(1)
+    return impressions["action_type"], liked, meant, disliked, session
+
+
+def test_in_responsive_intents_are_saved_and_dislikes_hidden(seen: dict[str, Simulation]) -> None:
+    world, simulation = SMALL["responsive"], seen["responsive"]
+    kind, liked, meant, disliked, _ = tables_of_responsive(simulation)
+    took = (kind >= 0) & (kind != simulator.HIDE)
+    for which, chance in (
+        ((liked | meant) & ~disliked, world.engage_relevant),
+        (disliked, world.engage_other),  # even where it is an interest as well
+        (~liked & ~meant, world.engage_other),
+    ):
+        assert_share(took[which].double().mean().item(), chance, int(which.sum()))
+    for which, shares in ((meant, world.intent_type_shares), (~meant, world.type_shares)):
+        for index, share in enumerate(shares):
+            assert_share((kind[took & which] == index).double().mean().item(), share, int((took & which).sum()))
+    for which, chance in (
+        (disliked, world.hide_disliked),
+        ((liked | meant) & ~disliked, world.hide_relevant),
+        (~liked & ~meant & ~disliked, world.hide_other),
+    ):
+        left = which & ~took
+        assert_share((kind == simulator.HIDE)[left].double().mean().item(), chance, int(left.sum()))
+
+
+def test_in_responsive_the_newest_actions_and_their_types_tell_what_comes_next(seen: dict[str, Simulation]) -> None:
+    """Of a session's first save and first hide: the next one is mostly of their own topic, not of the other's."""
+    simulation = seen["responsive"]
+    rows, topics = simulation.actions, simulation.items.topic
+    session = simulation.requests["session"][rows["request"]]
+    for kind, other in ((simulator.SAVE, simulator.HIDE), (simulator.HIDE, simulator.SAVE)):
+        mine, theirs = (rows["action_type"] == one for one in (kind, other))
+        topic, where = topics[rows["item"][mine]], session[mine]
+        again = (topic.diff() == 0)[where.diff() == 0].double().mean()
+        crossed = torch.isin(where * 100 + topic, session[theirs] * 100 + topics[rows["item"][theirs]]).double().mean()
+        assert again > 0.2
+        assert crossed < 0.05
+
+
+def test_in_indifferent_nothing_about_a_user_says_what_they_do(seen: dict[str, Simulation]) -> None:
+    world, simulation = SMALL["indifferent"], seen["indifferent"]
+    kind, liked, meant, _, _ = tables_of_responsive(simulation)
+    took = (kind >= 0) & (kind != simulator.HIDE)
+    assert simulation.truth.dislikes.shape[1] == 0
+    for which in (liked, meant, ~liked & ~meant):
+        assert_share(took[which].double().mean().item(), world.engage_other, int(which.sum()))
+        for index, share in enumerate(world.type_shares):
+            assert_share((kind[took & which] == index).double().mean().item(), share, int((took & which).sum()))
+        left = which & ~took
+        assert_share((kind == simulator.HIDE)[left].double().mean().item(), world.hide_other, int(left.sum()))
 
 
 def test_in_markov_the_latest_engagement_alone_says_what_comes_next(seen: dict[str, Simulation]) -> None:

@@ -45,6 +45,8 @@ class Truth(NamedTuple):
     """(S, number of interests) int64 topics, in the order of `World.interest_weights`."""
     intents: Tensor
     """(S,) int64 topics."""
+    dislikes: Tensor
+    """(S, number of dislikes) int64 topics."""
     taste: Tensor
     """(U, D) float32 unit vectors."""
     successor: Tensor
@@ -120,7 +122,7 @@ def simulate(world: World, *, seed: int = 0, unit: str = "ms") -> Simulation:
     surface = _categorical(world.surface_shares, session.shape, g)
     slots = _plan_slots(world, truth, session, surface, g)
     item, engaged, shown = _walk(world, truth, item_of, items, session, slots, g)
-    kind, duration = _react(world, engaged, shown, slots.relevant, g)
+    kind, duration = _react(world, truth, session, items.topic[item], engaged, shown, slots.relevant, g)
     request_time, session_time, tap = _clock(truth, session, shown, duration, g)
 
     divisor = 1000 if unit == "s" else 1
@@ -188,6 +190,7 @@ def _make_sessions(world: World, g: Generator) -> Truth:
         session_time=start + _START,
         interests=torch.stack(interests, 1),
         intents=_switching(first, gap, world.intent_hours / 24, chance, g),
+        dislikes=_dislikes(world, first, gap, g),
         taste=_unit(torch.randn(world.num_users, world.embedding_dim, generator=g)),
         successor=_cycle(world.num_topics, g),
         topic_popularity=chance,
@@ -199,6 +202,12 @@ def _switching(first: Tensor, gap: Tensor, life: float, chance: Tensor, g: Gener
     fresh = first | (torch.rand(gap.shape, generator=g, dtype=torch.float64) >= torch.exp(-gap / life))
     which = fresh.cumsum(0) - 1
     return _draw(chance, (int(which[-1]) + 1,), g)[which]
+
+
+def _dislikes(world: World, first: Tensor, gap: Tensor, g: Generator) -> Tensor:
+    alike = _power_law(world.num_topics, 0.0)
+    columns = [_switching(first, gap, world.dislike_days, alike, g) for _ in range(world.num_dislikes)]
+    return torch.stack(columns, 1) if columns else torch.empty(len(first), 0, dtype=torch.int64)
 
 
 class _Slots(NamedTuple):
@@ -237,7 +246,16 @@ def _plan_slots(world: World, truth: Truth, session: Tensor, surface: Tensor, g:
         wanted.append(truth.intents)
     for column in wanted:
         relevant |= topic == column[session][:, None]
+    relevant &= (follows != _DRAWN) | ~_any_of(topic, truth.dislikes, session)
     return _Slots(topic, rank, follows, randomised, relevant)
+
+
+def _any_of(topic: Tensor, topics: Tensor, session: Tensor) -> Tensor:
+    """Which slots (R, chunk) are of one of their session's topics (S, n)."""
+    found = torch.zeros_like(topic, dtype=torch.bool)
+    for column in topics.unbind(1):
+        found |= topic == column[session][:, None]
+    return found
 
 
 def _walk(
@@ -283,12 +301,30 @@ def _walk(
     return item, engaged, shown
 
 
-def _react(world: World, engaged: Tensor, shown: Tensor, relevant: Tensor, g: Generator) -> tuple[Tensor, Tensor]:
+def _react(
+    world: World,
+    truth: Truth,
+    session: Tensor,
+    topic: Tensor,
+    engaged: Tensor,
+    shown: Tensor,
+    relevant: Tensor,
+    g: Generator,
+) -> tuple[Tensor, Tensor]:
     """(R, chunk) action types, -1 = none, and durations in seconds, 0 where none."""
-    hides = torch.rand(engaged.shape, generator=g) < torch.where(relevant, world.hide_relevant, world.hide_other)
+    chance = torch.where(relevant, world.hide_relevant, world.hide_other)
+    if world.num_dislikes:
+        chance = chance.masked_fill_(_any_of(topic, truth.dislikes, session), world.hide_disliked)
+    hides = torch.rand(engaged.shape, generator=g) < chance
     kind = torch.where(hides & shown, HIDE, NO_ACTION)
     acted = engaged.flatten().nonzero()[:, 0]
-    kind.view(-1)[acted] = _categorical(world.type_shares, acted.shape, g)
+    uniform = torch.rand(acted.shape, generator=g)
+    meant = topic.flatten()[acted] == truth.intents[session[acted // world.chunk]]
+    kind.view(-1)[acted] = torch.where(
+        meant,
+        _invert(torch.tensor(world.intent_type_shares), uniform),
+        _invert(torch.tensor(world.type_shares), uniform),
+    )
     acted = (kind != NO_ACTION).flatten().nonzero()[:, 0]
     spread = torch.exp(world.duration_spread * torch.randn(acted.shape, generator=g))
     duration = torch.zeros(engaged.shape)
@@ -339,7 +375,12 @@ def _power_law(count: int, exponent: float) -> Tensor:
 
 def _draw(chance: Tensor, shape: tuple[int, ...], g: Generator) -> Tensor:
     """Independent indices with the given chances."""
-    return torch.searchsorted(chance.double().cumsum(0)[:-1].float(), torch.rand(shape, generator=g), right=True)
+    return _invert(chance, torch.rand(shape, generator=g))
+
+
+def _invert(chance: Tensor, uniform: Tensor) -> Tensor:
+    """The index whose share of [0, 1) a uniform number falls into."""
+    return torch.searchsorted(chance.double().cumsum(0)[:-1].float(), uniform, right=True)
 
 
 def _categorical(shares: tuple[float, ...], shape: tuple[int, ...], g: Generator) -> Tensor:

@@ -1,4 +1,4 @@
-"""Three simulated worlds, written down before any model was trained on them, each true to one claim."""
+"""Five simulated worlds, written down before any model was trained on them, each true to one claim."""
 
 from __future__ import annotations
 
@@ -49,7 +49,12 @@ class World:
         engage_other: The same for any other item.
         hide_relevant: Chance to hide a relevant item that the user does not engage with.
         hide_other: The same for any other item.
+        num_dislikes: A user dislikes this many topics at a time, drawn from all alike; an item of one is never relevant
+            unless it follows an engagement.
+        dislike_days: Mean life of one dislike, after which its topic is drawn anew, perhaps the same again.
+        hide_disliked: Chance to hide an item of a disliked topic that the user does not engage with.
         type_shares: Chances of save, closeup and click for an engagement; they sum to 1.
+        intent_type_shares: The same for an engagement with an item of the intent's topic.
         duration_medians: Seconds for each of save, closeup, click and hide.
         duration_spread: Standard deviation of the log of a duration.
     """
@@ -82,7 +87,11 @@ class World:
     engage_other: float
     hide_relevant: float
     hide_other: float
+    num_dislikes: int
+    dislike_days: float
+    hide_disliked: float
     type_shares: tuple[float, float, float]
+    intent_type_shares: tuple[float, float, float]
     duration_medians: tuple[float, float, float, float]
     duration_spread: float
 
@@ -95,16 +104,18 @@ class World:
             _checks.number(name, getattr(self, name), at_least=0)
         for name in ("popularity_visible", "dormant_shift", "taste"):
             _checks.number(name, getattr(self, name))
-        for name in ("dormant_share", "random_share", "hide_relevant", "hide_other"):
+        _checks.integer("num_dislikes", self.num_dislikes, at_least=0)
+        for name in ("dormant_share", "random_share", "hide_relevant", "hide_other", "hide_disliked"):
             _checks.number(name, getattr(self, name), at_least=0, at_most=1)
         for name in ("engage_relevant", "engage_other"):
             _checks.number(name, getattr(self, name), above=0, below=1)
-        for name in ("interest_days", "intent_hours", "sessions_per_day"):
+        for name in ("interest_days", "intent_hours", "dislike_days", "sessions_per_day"):
             _checks.number(name, getattr(self, name), above=0)
         _checks.number("requests_per_session", self.requests_per_session, at_least=1)
         _check_shares("interest_weights", self.interest_weights, None)
         _check_shares("surface_shares", self.surface_shares, 3)
         _check_shares("type_shares", self.type_shares, 3)
+        _check_shares("intent_type_shares", self.intent_type_shares, 3)
         _check_shares("home shares", (self.interest_share, self.intent_share, self.chain_share), 3, whole=False)
         if len(self.duration_medians) != 4:
             raise ValueError(f"duration_medians must have 4 entries, got {self.duration_medians!r}")
@@ -178,7 +189,12 @@ INTERESTS = World(
     engage_other=0.04,
     hide_relevant=0.003,
     hide_other=0.03,
+    # A hide says only that an item was not relevant.
+    num_dislikes=0,
+    dislike_days=1.0,
+    hide_disliked=0.0,
     type_shares=(0.25, 0.5, 0.25),
+    intent_type_shares=(0.25, 0.5, 0.25),
     # A little over half of the closeups and three quarters of the clicks last the 10 s that make them positive.
     duration_medians=(5.0, 12.0, 20.0, 1.5),
     duration_spread=1.0,
@@ -219,3 +235,52 @@ UNIFORM = dataclasses.replace(
     dormant_share=0.0,
 )
 """`INTERESTS` without popularity: the sampling probability of every item is the same, so correcting for it is idle."""
+
+RESPONSIVE = dataclasses.replace(
+    INTERESTS,
+    # 930 thousand impressions, a third of them to judge: what a small ranker reads in minutes.
+    num_users=2_000,
+    days=21,
+    sessions_per_day=0.75,
+    # Few topics, all about as popular and without a dormant half: what a candidate is worth is a matter of the user.
+    num_topics=25,
+    num_items=5_000,
+    popularity_exponent=0.5,
+    topic_exponent=0.2,
+    dormant_share=0.0,
+    taste=0.0,
+    # Ten candidates a request, so that three are a choice; most of them are the crowd's, as after retrieval.
+    chunk=10,
+    interest_share=0.15,
+    intent_share=0.2,
+    random_share=0.15,
+    surface_shares=(1.0, 0.0, 0.0),
+    # Short-term intent: it holds for the session and is mostly gone the next day, so only the newest actions tell it.
+    intent_hours=8.0,
+    # What is wanted now is saved; what is merely of interest is looked at. Only the type tells one from the other.
+    type_shares=(0.1, 0.6, 0.3),
+    intent_type_shares=(0.7, 0.2, 0.1),
+    # What somebody hid is of a topic that they will hide again for days: an action like any other but for its type.
+    num_dislikes=3,
+    dislike_days=10.0,
+    hide_disliked=0.35,
+    hide_relevant=0.003,
+    hide_other=0.01,
+    engage_other=0.03,
+)
+"""What a candidate is worth depends on the newest actions and on their types: intents are saved, dislikes hidden."""
+
+INDIFFERENT = dataclasses.replace(
+    RESPONSIVE,
+    # Nobody has interests, intents or dislikes: whatever is shown is engaged with or hidden as often as anything else,
+    # about as often as in `RESPONSIVE`. No sequence says anything about any candidate.
+    interest_share=0.0,
+    intent_share=0.0,
+    num_dislikes=0,
+    hide_disliked=0.0,
+    engage_other=0.12,
+    hide_other=0.03,
+    type_shares=(0.3, 0.45, 0.25),
+    intent_type_shares=(0.3, 0.45, 0.25),
+)
+"""`RESPONSIVE` without any effect of the sequence: no model of it can win anything."""
