@@ -424,3 +424,17 @@ def weighted_mean(values, weights):
     """0 where the weights add up to 0."""
     total = math.fsum(weights)
     return math.fsum(v * w for v, w in zip(values, weights, strict=True)) / total if total else 0.0
+
+
+# --- the blocks around a sequence model: fusion, masks, compression, aggregators ---
+
+
+def fuse_concat(actions, candidate):
+    """One sequence: each action and then the candidate."""
+    return [[*action, *candidate] for action in actions]
+
+
+def fuse_append(actions, candidate, valid, width):
+    """One sequence: the actions, then zeros for a type and the candidate as the item."""
+    zeros = [0.0] * (width - len(candidate))
+    return [*actions, [*zeros, *candidate]], [*valid, True]
