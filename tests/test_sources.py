@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from recblocks import Source, amazon_beauty, completejourney, movielens_1m, write_timelines
-from recblocks.timelines import sources
+from recblocks.timelines import _files, sources
 
 FILES = {
     movielens_1m: ("sasrec_ml1m/ml-1m.txt", 6_040, 3_416, 999_611),
@@ -115,8 +115,8 @@ def small_preparation(_transactions: pathlib.Path, _products: pathlib.Path, fold
 
 @pytest.fixture
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    files = pathlib.Path("transactions.parquet"), pathlib.Path("products.parquet"), "0.0"
-    monkeypatch.setattr(sources, "_package_files", lambda: files)
+    files = {name: pathlib.Path(f"{name}.parquet") for name in ("transactions", "products")}
+    monkeypatch.setattr(_files, "journey_files", lambda **_: (files, "0.0"))
     monkeypatch.setattr(sources, "_prepare", small_preparation)
 
 
@@ -175,8 +175,8 @@ def test_another_version_has_another_cache(tmp_path: pathlib.Path, monkeypatch: 
     completejourney(tmp_path)
     monkeypatch.setattr(sources, "_VERSION", sources._VERSION + 1)
     completejourney(tmp_path)
-    files = pathlib.Path("transactions.parquet"), pathlib.Path("products.parquet"), "0.1"
-    monkeypatch.setattr(sources, "_package_files", lambda: files)
+    files = {name: pathlib.Path(f"{name}.parquet") for name in ("transactions", "products")}
+    monkeypatch.setattr(_files, "journey_files", lambda **_: (files, "0.1"))
     completejourney(tmp_path)
     assert len(list(tmp_path.iterdir())) == 3
 
@@ -236,7 +236,7 @@ def test_lines_become_histories(reader: Any, tmp_path: pathlib.Path, monkeypatch
     path = tmp_path / FILES[reader][0]
     path.parent.mkdir()
     path.write_text(text)
-    monkeypatch.setattr(sources, "_check_digest", lambda *_: None)
+    monkeypatch.setattr(_files, "check_digest", lambda *_: None)
     monkeypatch.setenv("RECBLOCKS_DATA", str(tmp_path))
     source = reader()
     timelines = source.timelines

