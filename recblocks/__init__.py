@@ -31,7 +31,13 @@ from recblocks.features.time import (
     log_spaced_periods,
     time_since_latest,
 )
+from recblocks.interaction.cross_network import CrossNetwork
 from recblocks.kernels.own_positives import own_positive_mask
+from recblocks.losses.label_weighted_bce import (
+    attribute_weights,
+    label_weight_matrix,
+    label_weighted_bce_with_logits,
+)
 from recblocks.losses.sampled_softmax import sampled_softmax_loss
 from recblocks.losses.temperature import LearnedTemperature
 from recblocks.losses.weights import equal_user_weights, rank_weights
@@ -69,6 +75,7 @@ __all__ = [
     "CleanedActions",
     "CleaningReport",
     "CountMinSketch",
+    "CrossNetwork",
     "EmbeddingPoints",
     "Examples",
     "Interval",
@@ -89,6 +96,7 @@ __all__ = [
     "World",
     "all_action",
     "amazon_beauty",
+    "attribute_weights",
     "bootstrap_mean",
     "clean_actions",
     "closest_embedding",
@@ -109,6 +117,8 @@ __all__ = [
     "hit_rate_per_user",
     "in_window",
     "interest_entropy_at_k",
+    "label_weight_matrix",
+    "label_weighted_bce_with_logits",
     "log_periodic_features",
     "log_spaced_periods",
     "mixed_log_q",

@@ -89,6 +89,20 @@ ENTRIES = [
         lambda: {"x": torch.randn(6, 5), "offsets": OFFSETS.clone(), "max_length": SLOTS},
         False,
     ),
+    *(
+        Entry(
+            name,
+            lambda device, dtype, kind=kind: recblocks.CrossNetwork(
+                5, num_layers=2, device=device, dtype=dtype, **kind
+            ),
+            lambda: {"x": torch.randn(ROWS, 5)},
+        )
+        for name, kind in (
+            ("CrossNetwork", {}),
+            ("CrossNetwork of low rank", {"rank": 2}),
+            ("CrossNetwork of experts", {"rank": 2, "num_experts": 3}),
+        )
+    ),
     Entry(
         "LearnedTemperature",
         lambda device, dtype: recblocks.LearnedTemperature(device=device, dtype=dtype),

@@ -438,3 +438,60 @@ def fuse_append(actions, candidate, valid, width):
     """One sequence: the actions, then zeros for a type and the candidate as the item."""
     zeros = [0.0] * (width - len(candidate))
     return [*actions, [*zeros, *candidate]], [*valid, True]
+
+
+# --- feature crosses ---
+
+
+def matrix_vector(matrix, vector):
+    return [math.fsum(a * b for a, b in zip(row, vector, strict=True)) for row in matrix]
+
+
+def cross(first, x, transformed):
+    """DCN v2, equation 1, once W x + b is known."""
+    return [a * t + b for a, t, b in zip(first, transformed, x, strict=True)]
+
+
+def cross_full_rank(first, x, weight, bias):
+    return cross(first, x, [y + b for y, b in zip(matrix_vector(weight, x), bias, strict=True)])
+
+
+def cross_low_rank(first, x, u, v, bias):
+    """W = U V^T; u[d][r] and v[d][r]."""
+    return cross_full_rank(
+        first, x, [[math.fsum(a * b for a, b in zip(p, q, strict=True)) for q in v] for p in u], bias
+    )
+
+
+def cross_experts(first, x, experts, gate, bias):
+    """DCN v2, equations 3 and 4; an expert is (u[d][r], c[r][r], v[d][r]), gate has one row an expert."""
+    scores = [math.exp(score) for score in matrix_vector(gate, x)]
+    out = list(x)
+    for score, (u, c, v) in zip(scores, experts, strict=True):
+        hidden = [max(h, 0.0) for h in matrix_vector(list(zip(*v, strict=True)), x)]
+        hidden = [max(h, 0.0) for h in matrix_vector(c, hidden)]
+        expert = matrix_vector(u, hidden)
+        for d in range(len(out)):
+            out[d] += score / math.fsum(scores) * first[d] * (expert[d] + bias[d])
+    return out
+
+
+# --- the label-weighted cross entropy ---
+
+
+def log_sigmoid(x):
+    return -math.log1p(math.exp(-x)) if x > 0 else x - math.log1p(math.exp(x))
+
+
+def binary_cross_entropy(logit, label):
+    """-y log f - (1 - y) log(1 - f), where f and 1 - f are the sigmoids of the logit and of its negative."""
+    return -label * log_sigmoid(logit) - (1 - label) * log_sigmoid(-logit)
+
+
+def label_weighted_bce(logits, labels, matrix, base):
+    """One row's weighted cross entropy of each head: TransAct, equations 1 and 2, matrix[head][action]."""
+    losses = []
+    for h in range(len(logits)):
+        weight = base[h] + math.fsum(matrix[h][a] * labels[a] for a in range(len(labels)))
+        losses.append(weight * binary_cross_entropy(logits[h], labels[h]))
+    return losses

@@ -1,0 +1,1 @@
+"""Crosses between the features of one ranking input."""
