@@ -46,6 +46,7 @@ from recblocks.negatives.log_q import mixed_log_q
 from recblocks.negatives.pool import NegativePool, mixed_negative_pool
 from recblocks.sequence.causal_encoder import CausalSequenceEncoder
 from recblocks.sequence.fusion import fuse_append, fuse_concat
+from recblocks.sequence.masks import RandomTimeWindowMask, random_time_window_mask
 from recblocks.sketch import CountMinSketch
 from recblocks.timelines.cleaning import CleanedActions, CleaningReport, clean_actions
 from recblocks.timelines.convert import from_newest_first, to_newest_first
@@ -87,6 +88,7 @@ __all__ = [
     "LogPeriodicTimeEncoder",
     "NegativePool",
     "PerUser",
+    "RandomTimeWindowMask",
     "Simulation",
     "Source",
     "Timelines",
@@ -131,6 +133,7 @@ __all__ = [
     "positive_engagement",
     "positive_ranks",
     "protocol_ranks",
+    "random_time_window_mask",
     "rank_weights",
     "recall_at_k",
     "recall_per_user",

@@ -104,6 +104,15 @@ ENTRIES = [
         )
     ),
     Entry(
+        # Every action is older than the window, so that training and evaluation agree.
+        "RandomTimeWindowMask",
+        lambda *_: recblocks.RandomTimeWindowMask(max_window=0.5),
+        lambda: {
+            "action_time": 1_700_000_000 - torch.arange(1, SLOTS + 1).expand(ROWS, -1),
+            "request_time": torch.full((ROWS,), 1_700_000_000),
+        },
+    ),
+    Entry(
         "LearnedTemperature",
         lambda device, dtype: recblocks.LearnedTemperature(device=device, dtype=dtype),
         dict,

@@ -440,6 +440,11 @@ def fuse_append(actions, candidate, valid, width):
     return [*actions, [*zeros, *candidate]], [*valid, True]
 
 
+def time_window_mask(action_times, request_time, window):
+    """One sequence: what is older than the request, and by less than the window; Python compares exactly."""
+    return [0 < request_time - time < window for time in action_times]
+
+
 # --- feature crosses ---
 
 
