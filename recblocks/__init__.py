@@ -1,6 +1,9 @@
 """Building blocks for recommender models; each works alone."""
 
+from recblocks.evaluation._chunks import UserMeans
 from recblocks.evaluation._pairs import unique_pairs
+from recblocks.evaluation.auc import auc, auc_bootstrap, chunk_auc, chunk_auc_per_user, paired_auc_bootstrap
+from recblocks.evaluation.calibration import Calibration, calibration
 from recblocks.evaluation.diversity import coverage_at_k, interest_entropy_at_k
 from recblocks.evaluation.index import ItemIndex
 from recblocks.evaluation.per_user import (
@@ -18,6 +21,7 @@ from recblocks.evaluation.protocols import (
     protocol_ranks,
     reference_times,
 )
+from recblocks.evaluation.ranking import blend_scores, distinct_in_top_k, distinct_per_user, hit_at_k, hit_per_user
 from recblocks.evaluation.retrieval import TopK, positive_ranks, recall_at_k, retrieval_ranks, retrieve, top_k
 from recblocks.evaluation.several_embeddings import closest_embedding, round_robin
 from recblocks.evaluation.statistics import Interval, bootstrap_mean, paired_bootstrap
@@ -72,6 +76,7 @@ __all__ = [
     "UNIFORM",
     "ActionEncoder",
     "Anchors",
+    "Calibration",
     "CausalSequenceEncoder",
     "CleanedActions",
     "CleaningReport",
@@ -95,11 +100,18 @@ __all__ = [
     "TimelinesWriter",
     "TopK",
     "TrainingBatches",
+    "UserMeans",
     "World",
     "all_action",
     "amazon_beauty",
     "attribute_weights",
+    "auc",
+    "auc_bootstrap",
+    "blend_scores",
     "bootstrap_mean",
+    "calibration",
+    "chunk_auc",
+    "chunk_auc_per_user",
     "clean_actions",
     "closest_embedding",
     "columns_from_arrow",
@@ -107,6 +119,8 @@ __all__ = [
     "coverage_at_k",
     "dense_all_action",
     "dense_all_positives",
+    "distinct_in_top_k",
+    "distinct_per_user",
     "drop_out_of_vocabulary",
     "drop_rows_without_pairs",
     "embedding_points",
@@ -116,6 +130,8 @@ __all__ = [
     "fuse_concat",
     "gap_to_next_older",
     "gather_rows",
+    "hit_at_k",
+    "hit_per_user",
     "hit_rate_per_user",
     "in_window",
     "interest_entropy_at_k",
@@ -129,6 +145,7 @@ __all__ = [
     "ndcg_per_user",
     "next_action",
     "own_positive_mask",
+    "paired_auc_bootstrap",
     "paired_bootstrap",
     "positive_engagement",
     "positive_ranks",

@@ -1,5 +1,6 @@
 """Definitions as scalar loops over Python numbers. Nothing here imports recblocks, and nothing here is fast."""
 
+import itertools
 import math
 
 import mpmath
@@ -445,6 +446,19 @@ def time_window_mask(action_times, request_time, window):
     return [0 < request_time - time < window for time in action_times]
 
 
+def compress_output(xs, valid, columns, max_pool, width):
+    """One sequence: the chosen columns one after the other, zeros for an absent one, and then the maximum."""
+    flat = []
+    for column in columns:
+        present = column < len(xs) and valid[column]
+        flat.extend(xs[column] if present else [0.0] * width)
+    if max_pool:
+        for d in range(width):
+            values = [x[d] for x, real in zip(xs, valid, strict=True) if real]
+            flat.append(max(values) if values else 0.0)
+    return flat
+
+
 # --- feature crosses ---
 
 
@@ -500,3 +514,59 @@ def label_weighted_bce(logits, labels, matrix, base):
         weight = base[h] + math.fsum(matrix[h][a] * labels[a] for a in range(len(labels)))
         losses.append(weight * binary_cross_entropy(logits[h], labels[h]))
     return losses
+
+
+# --- realtime actions ---
+
+
+def without_late(records, lateness, is_valid):
+    """The records that are not late, and how many are: older than their user's newest valid one by more than that."""
+    newest, kept, late = {}, [], 0
+    for record in records:
+        if is_valid(record):
+            if record["time"] < newest.get(record["user"], record["time"]) - lateness:
+                late += 1
+                continue
+            newest[record["user"]] = max(newest.get(record["user"], record["time"]), record["time"])
+        kept.append(record)
+    return kept, late
+
+
+def newest_actions(cleaned, user, request_time, num_actions):
+    """A user's newest cleaned records before a request, newest first, of equal times by item, type and surface."""
+    earlier = [record for record in cleaned if record["user"] == user and record["time"] < request_time]
+    earlier.sort(key=lambda one: (-one["time"], one["item"], one["action_type"], one["surface"]))
+    return earlier[:num_actions]
+
+
+# --- ranking: top k of a chunk, AUC, calibration ---
+
+
+def expected_over_orders(scores, k, measure):
+    """Mean of ``measure`` of the first k rows over every order in which no row follows a lower score."""
+    orders = [
+        order
+        for order in itertools.permutations(range(len(scores)))
+        if all(scores[a] >= scores[b] for a, b in itertools.pairwise(order))
+    ]
+    return sum(measure(order[:k]) for order in orders) / len(orders)
+
+
+def auc(scores, labels):
+    """Pair by pair; None where one of the labels is missing."""
+    wins, pairs = 0.0, 0
+    for i, wanted in enumerate(labels):
+        for j, unwanted in enumerate(labels):
+            if wanted and not unwanted:
+                pairs += 1
+                wins += 1.0 if scores[i] > scores[j] else 0.5 if scores[i] == scores[j] else 0.0
+    return wins / pairs if pairs else None
+
+
+def calibration_error(probabilities, labels, num_bins):
+    """Bins by the number of smaller probabilities; sum over bins of |sum of probabilities - actions| / rows."""
+    bins = {}
+    for p, y in zip(probabilities, labels, strict=True):
+        place = sum(other < p for other in probabilities) * num_bins // len(probabilities)
+        bins.setdefault(place, []).append((p, y))
+    return math.fsum(abs(math.fsum(p - y for p, y in rows)) for rows in bins.values()) / len(probabilities)

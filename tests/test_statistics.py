@@ -76,6 +76,32 @@ def test_each_resample_is_the_mean_over_columns_of_the_drawn_users(values, prese
     assert bootstrap_mean(poisoned, present=there, num_resamples=5).mean == pytest.approx(everyone, rel=1e-14)
 
 
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(1, 4)), min_size=1, max_size=6))
+def test_a_weight_is_so_many_numbers_of_one_user(users):
+    values, weights = (torch.tensor(column) for column in zip(*users, strict=True))
+    matrix, counts = statistics._matrix(values.double(), None, weights)
+    got = statistics._resampled_means(matrix, counts, 20, seeded())
+    drawn = torch.randint(len(users), (20, len(users)), generator=seeded()).tolist()
+    for mean, rows in zip(got.tolist(), drawn, strict=True):
+        every = [users[row][0] for row in rows for _ in range(users[row][1])]
+        assert mean == pytest.approx(sum(every) / len(every), rel=1e-14)  # whole numbers, one division
+    interval = bootstrap_mean(values.double(), weights=weights, num_resamples=5)
+    assert interval.mean == pytest.approx((values * weights).sum().item() / weights.sum().item(), rel=1e-14)
+
+
+def test_a_weight_of_zero_is_absence_and_weights_go_through_the_pairing():
+    values, present = torch.rand(30, 2), torch.rand(30, 2) < 0.6
+    want = bootstrap_mean(values, present=present, generator=seeded())
+    assert bootstrap_mean(values, weights=present.double(), generator=seeded()) == want
+    masked = values.masked_fill(~present, math.nan)
+    assert bootstrap_mean(masked, present=present, weights=torch.ones(30, 2), generator=seeded()) == want
+    weights = torch.arange(30)
+    got = paired_bootstrap(values[:, 0], values[:, 1], weights=weights, generator=seeded())
+    assert got == bootstrap_mean(
+        values[:, 0].double() - values[:, 1].double(), weights=weights.double(), generator=seeded()
+    )
+
+
 def test_a_resample_of_absent_users_only_is_dropped():
     assert bootstrap_mean(torch.tensor([1.0, math.nan]), present=torch.tensor([True, False])) == (1, 1, 1)
 
@@ -110,6 +136,10 @@ def test_the_interval_covers_the_truth_as_often_as_it_says():
         (lambda: bootstrap_mean(torch.ones(0)), ValueError, ["present", "one user"]),
         (lambda: bootstrap_mean(torch.ones(2), present=torch.ones(3).bool()), ValueError, ["present", "(3,)"]),
         (lambda: bootstrap_mean(torch.ones(5, 0)), ValueError, ["values", "at least one column", "(5, 0)"]),
+        (lambda: bootstrap_mean(torch.ones(2), weights=torch.ones(3)), ValueError, ["weights", "(3,)"]),
+        (lambda: bootstrap_mean(torch.ones(2), weights=-torch.ones(2)), ValueError, ["weights", "at least 0", "-1"]),
+        (lambda: bootstrap_mean(torch.ones(2), weights=torch.zeros(2)), ValueError, ["weights", "above 0"]),
+        (lambda: bootstrap_mean(torch.ones(2), weights=torch.ones(2).bool()), TypeError, ["weights", "int64", "bool"]),
         (lambda: bootstrap_mean(torch.ones(2), level=0), ValueError, ["level", "above 0"]),
         (lambda: bootstrap_mean(torch.ones(2), level="95%"), TypeError, ["level", "number"]),
         (lambda: bootstrap_mean(torch.ones(2), num_resamples=1.5), TypeError, ["num_resamples", "int", "1.5"]),

@@ -11,7 +11,7 @@ from recblocks import _checks
 
 
 class PerUser(NamedTuple):
-    """One number for each user that has positives, users ascending; the others are left out, so nothing is NaN."""
+    """One number, or one a head, for each user judged, users ascending; the others are left out, so nothing is NaN."""
 
     user: Tensor
     value: Tensor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ def bootstrap_mean(
     values: Tensor,
     *,
     present: Tensor | None = None,
+    weights: Tensor | None = None,
     level: float = 0.95,
     num_resamples: int = 10_000,
     generator: torch.Generator | None = None,
@@ -36,6 +38,8 @@ def bootstrap_mean(
     Args:
         values: (U,) or (U, W) floating, one number a user, or one a user and window.
         present: bool like ``values``, True = the user has a number there; None: all. What stands elsewhere is not read.
+        weights: floating or int64 like ``values``, how much a user's number counts in its column's mean, such as the
+            `UserMeans.num_chunks` it is a mean of; None: all the same.
         level: coverage of the interval, in (0, 1).
         num_resamples: bootstrap samples.
         generator: source of randomness, on the device of ``values``.
@@ -44,7 +48,8 @@ def bootstrap_mean(
         Interval(mean, low, high).
 
     Raises:
-        TypeError, ValueError: a wrong dtype or shape, a non-finite value that is present, or a column without any user.
+        TypeError, ValueError: a wrong dtype or shape, a non-finite value that is present, a weight below 0, or a
+            column without any user or weight.
 
     Note:
         A resample in which a column has no user leaves that column out of its mean; without any column it is dropped.
@@ -55,14 +60,12 @@ def bootstrap_mean(
 
     Source: Efron and Tibshirani 1993, chapter 13.
     """
-    values, present = _matrix(values, present)
+    values, counts = _matrix(values, present, weights)
     _checks.number("level", level, above=0, below=1)
     _checks.positive_int("num_resamples", num_resamples)
-    resampled = _resampled_means(values, present, num_resamples, generator)
-    tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64, device=values.device)
-    mean = (values.sum(0) / present.sum(0)).mean()
-    low, high = resampled.nanquantile(tails).tolist()
-    return Interval(mean.item(), low, high)
+    resampled = _resampled_means(values, counts, num_resamples, generator)
+    mean = (values.sum(0) / counts.sum(0)).mean()
+    return Interval(mean.item(), *percentiles(resampled, level))
 
 
 def paired_bootstrap(
@@ -70,6 +73,7 @@ def paired_bootstrap(
     other: Tensor,
     *,
     present: Tensor | None = None,
+    weights: Tensor | None = None,
     level: float = 0.95,
     num_resamples: int = 10_000,
     generator: torch.Generator | None = None,
@@ -82,6 +86,7 @@ def paired_bootstrap(
         values: (U,) or (U, W) floating, one model's number for each user, or user and window.
         other: like ``values``, the other model's numbers of the same users in the same order.
         present: bool like ``values``; see `bootstrap_mean`.
+        weights: like ``values``, the same for both models; see `bootstrap_mean`.
         level: coverage of the interval.
         num_resamples: bootstrap samples.
         generator: source of randomness, on the device of ``values``.
@@ -101,11 +106,31 @@ def paired_bootstrap(
     _checks.floating("values", values)
     _checks.floating("other", other, *values.shape)
     difference = values.double() - other.double()
-    return bootstrap_mean(difference, present=present, level=level, num_resamples=num_resamples, generator=generator)
+    return bootstrap_mean(
+        difference, present=present, weights=weights, level=level, num_resamples=num_resamples, generator=generator
+    )
 
 
-def _matrix(values: Tensor, present: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Check; then values (U, W) with 0 where absent, and presence (U, W), both float64."""
+def percentiles(resampled: Tensor, level: float) -> tuple[float, float]:
+    """The ends of the percentile interval of (num_resamples,) statistics; those that are NaN are left out."""
+    tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64, device=resampled.device)
+    low, high = resampled.nanquantile(tails).tolist()
+    return low, high
+
+
+def times_drawn(
+    num_users: int, num_resamples: int, at_a_time: int, *, generator: torch.Generator | None, device: torch.device
+) -> Iterator[Tensor]:
+    """(R, num_users) float64, how often each of R <= ``at_a_time`` resamples draws each user, until all are through."""
+    for start in range(0, num_resamples, at_a_time):
+        rows = min(at_a_time, num_resamples - start)
+        drawn = torch.randint(num_users, (rows, num_users), generator=generator, device=device)
+        cells = drawn + num_users * torch.arange(rows, device=device)[:, None]
+        yield torch.bincount(cells.flatten(), minlength=rows * num_users).view(rows, num_users).double()
+
+
+def _matrix(values: Tensor, present: Tensor | None, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Check; then values times weights (U, W), 0 where absent, and the weights (U, W), both float64."""
     _checks.floating("values", values)
     if values.ndim not in (1, 2):
         raise ValueError(f"values must have shape (U,) or (U, W), got {_checks.describe(values)}")
@@ -119,18 +144,23 @@ def _matrix(values: Tensor, present: Tensor | None) -> tuple[Tensor, Tensor]:
     if _checks.readable(present) and not bool(present.any(0).all()):
         raise ValueError("present must leave every column at least one user, got a column with none")
     shape = (values.shape[0], -1) if values.ndim == 1 else values.shape
-    return values.double().masked_fill(~present, 0.0).view(shape), present.double().view(shape)
+    counts = present.double() if weights is None else _counts(weights, present)
+    return (values.double().masked_fill(~present, 0.0) * counts).view(shape), counts.view(shape)
 
 
-def _resampled_means(values: Tensor, present: Tensor, num_resamples: int, generator: torch.Generator | None) -> Tensor:
+def _counts(weights: Tensor, present: Tensor) -> Tensor:
+    """Check the weights; then float64, 0 where absent."""
+    _checks.tensor("weights", weights, *present.shape, dtype=(torch.float32, torch.float64, torch.int64))
+    _checks.not_negative("weights", weights[present])
+    counts = weights.double().masked_fill(~present, 0.0)
+    if _checks.readable(counts) and not bool(counts.any(0).all()):
+        raise ValueError("weights must be above 0 somewhere in every column, got a column of zeros")
+    return counts
+
+
+def _resampled_means(values: Tensor, counts: Tensor, num_resamples: int, generator: torch.Generator | None) -> Tensor:
     """(num_resamples,) the statistic of each resample, from how often it draws each user."""
-    num_users, device = values.shape[0], values.device
-    step = max(1, _DRAWS_AT_A_TIME // num_users)
-    means = []
-    for start in range(0, num_resamples, step):
-        rows = min(step, num_resamples - start)
-        drawn = torch.randint(num_users, (rows, num_users), generator=generator, device=device)
-        cells = drawn + num_users * torch.arange(rows, device=device)[:, None]
-        times = torch.bincount(cells.flatten(), minlength=rows * num_users).view(rows, num_users).double()
-        means.append(((times @ values) / (times @ present)).nanmean(1))
-    return torch.cat(means)
+    num_users = values.shape[0]
+    at_a_time = max(1, _DRAWS_AT_A_TIME // num_users)
+    drawn = times_drawn(num_users, num_resamples, at_a_time, generator=generator, device=values.device)
+    return torch.cat([((times @ values) / (times @ counts)).nanmean(1) for times in drawn])
