@@ -55,8 +55,10 @@ from recblocks.sketch import CountMinSketch
 from recblocks.timelines.cleaning import CleanedActions, CleaningReport, clean_actions
 from recblocks.timelines.convert import from_newest_first, to_newest_first
 from recblocks.timelines.examples import Anchors, Examples, drop_rows_without_pairs, sample_anchors
+from recblocks.timelines.kuairand import KUAIRAND_TYPES, Impressions, kuairand27k_explicit, kuairand_pure
 from recblocks.timelines.loader import TrainingBatches
 from recblocks.timelines.objectives import all_action, dense_all_action, dense_all_positives, next_action, sasrec
+from recblocks.timelines.promotions import Promotions, completejourney_promotions
 from recblocks.timelines.simulator import Simulation, positive_engagement, simulate
 from recblocks.timelines.sources import Source, amazon_beauty, completejourney, movielens_1m
 from recblocks.timelines.splits import split_by_time, split_by_user, user_shares
@@ -70,6 +72,7 @@ __version__ = "0.1.0.dev0"
 __all__ = [
     "INDIFFERENT",
     "INTERESTS",
+    "KUAIRAND_TYPES",
     "MARKOV",
     "PINNERFORMER_PERIODS",
     "RESPONSIVE",
@@ -84,6 +87,7 @@ __all__ = [
     "CrossNetwork",
     "EmbeddingPoints",
     "Examples",
+    "Impressions",
     "Interval",
     "ItemEncoder",
     "ItemIndex",
@@ -93,6 +97,7 @@ __all__ = [
     "LogPeriodicTimeEncoder",
     "NegativePool",
     "PerUser",
+    "Promotions",
     "RandomTimeWindowMask",
     "Simulation",
     "Source",
@@ -116,6 +121,7 @@ __all__ = [
     "closest_embedding",
     "columns_from_arrow",
     "completejourney",
+    "completejourney_promotions",
     "coverage_at_k",
     "dense_all_action",
     "dense_all_positives",
@@ -135,6 +141,8 @@ __all__ = [
     "hit_rate_per_user",
     "in_window",
     "interest_entropy_at_k",
+    "kuairand27k_explicit",
+    "kuairand_pure",
     "label_weight_matrix",
     "label_weighted_bce_with_logits",
     "log_periodic_features",
