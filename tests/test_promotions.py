@@ -13,6 +13,7 @@ import torch
 
 from recblocks import completejourney, completejourney_promotions
 from recblocks.timelines import _files, promotions
+from recblocks.timelines.sources import TEXT_FIELDS
 
 LINES = [  # household, store, basket, week, minute
     (7, 30, 101, 1, 5), (7, 30, 101, 1, 5), (3, 30, 100, 1, 9), (7, 20, 103, 2, 50), (7, 30, 102, 2, 40),
@@ -30,14 +31,18 @@ def small(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Pa
     lines = [list(column) for column in zip(*LINES, strict=True)]
     times = pa.array([start + dt.timedelta(minutes=minute) for minute in lines[4]], pa.timestamp("ns"))
     names = ("household_id", "store_id", "basket_id", "week")
+    fields = {field: ["a", None, "c"] for field in TEXT_FIELDS}
+    pq.write_table(pa.table({"product_id": [2, 4, 6], **fields}), tmp_path / "products.parquet")
     pq.write_table(
-        pa.table({**dict(zip(names, lines[:4], strict=True)), "transaction_timestamp": times}),
+        pa.table(
+            {**dict(zip(names, lines[:4], strict=True)), "transaction_timestamp": times, "product_id": [6] * len(LINES)}
+        ),
         tmp_path / "transactions.parquet",
     )
     names = ("product_id", "store_id", "week", "display_location", "mailer_location")
     promoted = [list(column) for column in zip(*PROMOTED, strict=True)]
     pq.write_table(pa.table(dict(zip(names, promoted, strict=True))), tmp_path / "promotions.parquet", row_group_size=3)
-    files = {name: tmp_path / f"{name}.parquet" for name in ("transactions", "promotions")}
+    files = {name: tmp_path / f"{name}.parquet" for name in ("transactions", "promotions", "products")}
     monkeypatch.setattr(_files, "journey_files", lambda **_: (files, "0.0"))
     return tmp_path
 
@@ -58,6 +63,8 @@ def test_a_request_meets_what_its_store_promoted_in_its_week(small: pathlib.Path
     assert [time - 1_483_228_800 for time in columns["time"]] == [540, 3600, 300, 2400, 3000]
     first = [(2, "A", "Z"), (9, "3", "D")]  # product 9's three promotions are one, with the highest codes
     assert [promoted_at(found, request) for request in range(5)] == [first, [], first, [(5, "0", "A")], [(4, "9", "P")]]
+    assert found.products.tolist() == [2, 4, 5, 6, 9]
+    assert found.product_text == {field: ["a", "", "", "c", ""] for field in TEXT_FIELDS}
     assert found.report == {"read": 7, "kept": 5, "merged": 2, "requests": 5, "requests without promotions": 1}
 
 

