@@ -49,6 +49,7 @@ from recblocks.negatives.gather import gather_rows
 from recblocks.negatives.log_q import mixed_log_q
 from recblocks.negatives.pool import NegativePool, mixed_negative_pool
 from recblocks.sequence.causal_encoder import CausalSequenceEncoder
+from recblocks.sequence.compression import OutputCompression, compress_output
 from recblocks.sequence.fusion import fuse_append, fuse_concat
 from recblocks.sequence.masks import RandomTimeWindowMask, random_time_window_mask
 from recblocks.sketch import CountMinSketch
@@ -96,6 +97,7 @@ __all__ = [
     "LearnedTemperature",
     "LogPeriodicTimeEncoder",
     "NegativePool",
+    "OutputCompression",
     "PerUser",
     "Promotions",
     "RandomTimeWindowMask",
@@ -122,6 +124,7 @@ __all__ = [
     "columns_from_arrow",
     "completejourney",
     "completejourney_promotions",
+    "compress_output",
     "coverage_at_k",
     "dense_all_action",
     "dense_all_positives",

@@ -104,6 +104,16 @@ ENTRIES = [
         )
     ),
     Entry(
+        "OutputCompression",
+        lambda *_: recblocks.OutputCompression(2),
+        lambda: {"x": torch.randn(ROWS, SLOTS, 5), "valid": VALID.clone()},
+    ),
+    Entry(
+        "OutputCompression of random columns",
+        lambda device, _: recblocks.OutputCompression(2, columns="random", max_len=SLOTS + 1, device=device),
+        lambda: {"x": torch.randn(ROWS, SLOTS, 5), "valid": VALID.clone()},
+    ),
+    Entry(
         # Every action is older than the window, so that training and evaluation agree.
         "RandomTimeWindowMask",
         lambda *_: recblocks.RandomTimeWindowMask(max_window=0.5),

@@ -459,6 +459,19 @@ def compress_output(xs, valid, columns, max_pool, width):
     return flat
 
 
+def compress_output(xs, valid, columns, max_pool, width):
+    """One sequence: the chosen columns one after the other, zeros for an absent one, and then the maximum."""
+    flat = []
+    for column in columns:
+        present = column < len(xs) and valid[column]
+        flat.extend(xs[column] if present else [0.0] * width)
+    if max_pool:
+        for d in range(width):
+            values = [x[d] for x, real in zip(xs, valid, strict=True) if real]
+            flat.append(max(values) if values else 0.0)
+    return flat
+
+
 # --- feature crosses ---
 
 
