@@ -58,6 +58,7 @@ from recblocks.timelines.convert import from_newest_first, to_newest_first
 from recblocks.timelines.examples import Anchors, Examples, drop_rows_without_pairs, sample_anchors
 from recblocks.timelines.kuairand import KUAIRAND_TYPES, Impressions, kuairand27k_explicit, kuairand_pure
 from recblocks.timelines.loader import TrainingBatches
+from recblocks.timelines.micro_batches import NewestActions, RealtimeActions
 from recblocks.timelines.objectives import all_action, dense_all_action, dense_all_positives, next_action, sasrec
 from recblocks.timelines.promotions import Promotions, completejourney_promotions
 from recblocks.timelines.simulator import Simulation, positive_engagement, simulate
@@ -97,10 +98,12 @@ __all__ = [
     "LearnedTemperature",
     "LogPeriodicTimeEncoder",
     "NegativePool",
+    "NewestActions",
     "OutputCompression",
     "PerUser",
     "Promotions",
     "RandomTimeWindowMask",
+    "RealtimeActions",
     "Simulation",
     "Source",
     "Timelines",

@@ -88,19 +88,36 @@ def clean_actions(
         (array([4.]), {'same_time': 1}, {'negative_duration': 1})
     """
     if clock_bound is not None:
-        if source is None:
-            raise ValueError("clock_bound needs source, which says whose clock recorded each action, got None")
+        check_source(source)
         clock_bound = _checks.integer("clock_bound", clock_bound, at_least=0)
     optional = {"action_type": action_type, "surface": surface, "duration": duration, "source": source, **columns}
     given = {"user": user, "time": time, "item": item, **{k: v for k, v in optional.items() if v is not None}}
-    table, nulls = _read(given, unit)
-    read = table["user"].size
-    reasons = {f"null_{name}": null for name, null in nulls.items()}
-    reasons |= _refusals(table, time_range, items, action_types, surfaces)
-    rows, dropped = _drop(read, reasons)
+    table, rows, dropped = valid_records(given, unit, time_range, items, action_types, surfaces)
     rows, repeats = _merge(table, rows, clock_bound)
     kept = {name: column[rows] for name, column in table.items()}
-    return CleanedActions(kept, CleaningReport(read, rows.size, repeats, dropped))
+    return CleanedActions(kept, CleaningReport(table["user"].size, rows.size, repeats, dropped))
+
+
+def check_source(source: object | None) -> None:
+    """Require the column without which clocks cannot be told apart."""
+    if source is None:
+        raise ValueError("clock_bound needs source, which says whose clock recorded each action, got None")
+
+
+def valid_records(
+    given: dict[str, object],
+    unit: str,
+    time_range: tuple[int, int] | None,
+    items: object | None,
+    action_types: Collection[int] | None,
+    surfaces: Collection[int] | None,
+) -> tuple[dict[str, Array], Array, dict[str, int]]:
+    """Every column as a plain vector, the rows that no check refuses, and how many each check refuses first."""
+    table, nulls = _read(given, unit)
+    reasons = {f"null_{name}": null for name, null in nulls.items()}
+    reasons |= _refusals(table, time_range, items, action_types, surfaces)
+    rows, dropped = _drop(table["user"].size, reasons)
+    return table, rows, dropped
 
 
 def _read(given: dict[str, object], unit: str) -> tuple[dict[str, Array], dict[str, Array]]:
@@ -141,19 +158,26 @@ def _refusals(
             raise ValueError(f"time_range must be the earliest and the latest time, got {time_range}")
         found["time_out_of_range"] = (table["time"] < earliest) | (table["time"] > latest)
     if items is not None:
-        known = _arrays.as_int64("items", _arrays.without_nulls("items", items))
-        found["unknown_item"] = ~np.isin(table["item"], known)
+        found["unknown_item"] = ~np.isin(table["item"], known_items(items))
     for name, plural, allowed in (("action_type", "action_types", action_types), ("surface", "surfaces", surfaces)):
         if allowed is not None:
             if name not in table:
                 raise ValueError(f"{plural} needs {name}, got None")
-            found[f"unknown_{name}"] = ~np.isin(
-                table[name], np.array([_checks.integer(plural, one) for one in allowed], dtype=np.int64)
-            )
+            found[f"unknown_{name}"] = ~np.isin(table[name], known_values(plural, allowed))
     if "duration" in table:
         found["duration_not_finite"] = ~np.isfinite(table["duration"])
         found["negative_duration"] = table["duration"] < 0
     return found
+
+
+def known_items(items: object) -> Array:
+    """Every known item as int64."""
+    return _arrays.as_int64("items", _arrays.without_nulls("items", items))
+
+
+def known_values(name: str, allowed: Collection[int]) -> Array:
+    """Every known action type or surface as int64."""
+    return np.array([_checks.integer(name, one) for one in allowed], dtype=np.int64)
 
 
 def _drop(read: int, reasons: dict[str, Array]) -> tuple[Array, dict[str, int]]:
@@ -169,25 +193,31 @@ def _drop(read: int, reasons: dict[str, Array]) -> tuple[Array, dict[str, int]]:
 
 def _merge(table: dict[str, Array], rows: Array, clock_bound: int | None) -> tuple[Array, dict[str, int]]:
     """The rows that stand for one action each, ascending, with their longest duration written in; and the repeats."""
-    keys = [table[name] for name in ("user", "item", "action_type", "surface") if name in table]
-    time = table["time"]
-    rows = rows[np.lexsort([column[rows] for column in (time, *reversed(keys))])]
-    new_key = _changes(*(column[rows] for column in keys))
-    new_time = new_key | _changes(time[rows])
+    rows, new_key, new_time = order_by_key(table, rows)
     head = _spread(rows, new_time)
     _longest_duration(table, rows, head)
     merged = {"same_time": rows.size - int(new_time.sum())}
     heads = rows[new_time]
     if clock_bound is not None and heads.size:
-        clocks = np.bitwise_or.reduceat(_source_bits(table["source"][rows]), np.flatnonzero(new_time))
-        opens = _same_action(time[heads], new_key[new_time], clocks, clock_bound)
+        bits = source_bits(table["source"][rows], np.unique(table["source"][rows]))
+        clocks = np.bitwise_or.reduceat(bits, np.flatnonzero(new_time))
+        opens = same_action(table["time"][heads], new_key[new_time], clocks, clock_bound)
         _longest_duration(table, heads, heads[opens])
         heads = heads[opens == np.arange(heads.size)]
         merged["clock_difference"] = opens.size - heads.size
     return np.sort(heads), {reason: count for reason, count in merged.items() if count}
 
 
-def _changes(*columns: Array) -> Array:
+def order_by_key(table: dict[str, Array], rows: Array) -> tuple[Array, Array, Array]:
+    """The rows by user, item, type, surface and time; where another key begins; where another time of a key begins."""
+    keys = [table[name] for name in ("user", "item", "action_type", "surface") if name in table]
+    time = table["time"]
+    rows = rows[np.lexsort([column[rows] for column in (time, *reversed(keys))])]
+    new_key = changes(*(column[rows] for column in keys))
+    return rows, new_key, new_key | changes(time[rows])
+
+
+def changes(*columns: Array) -> Array:
     """Where a row differs from the one before it; the first row does."""
     changed = np.ones(columns[0].size, dtype=bool)
     changed[1:] = np.any([column[1:] != column[:-1] for column in columns], axis=0)
@@ -205,15 +235,17 @@ def _longest_duration(table: dict[str, Array], rows: Array, heads: Array) -> Non
         np.maximum.at(table["duration"], heads, table["duration"][rows])
 
 
-def _source_bits(source: Array) -> Array:
-    """Each source as a bit of its own."""
-    sources, code = np.unique(source, return_inverse=True)
+def source_bits(source: Array, sources: Array) -> Array:
+    """Each source as a bit of its own, by its place among all the sources."""
     if sources.size > 64:
         raise ValueError(f"source must name at most 64 sources where clock_bound is given, got {sources.size}")
-    return np.uint64(1) << code.astype(np.uint64)
+    order = np.argsort(sources)
+    code = order[np.searchsorted(sources, source, sorter=order)]
+    bits: Array = np.uint64(1) << code.astype(np.uint64)
+    return bits
 
 
-def _same_action(time: Array, new_key: Array, clocks: Array, bound: int) -> Array:
+def same_action(time: Array, new_key: Array, clocks: Array, bound: int) -> Array:
     """For each place the place of the record that opened its action.
 
     ``time`` rises within a key. The earliest record that has no action yet opens one; in the order of time each record
@@ -225,7 +257,7 @@ def _same_action(time: Array, new_key: Array, clocks: Array, bound: int) -> Arra
     opens = np.arange(time.size)
     waiting = np.flatnonzero((np.bincount(stretch) > 1)[stretch])
     while waiting.size:
-        first = _changes(stretch[waiting])
+        first = changes(stretch[waiting])
         opener, clock = waiting[first], clocks[waiting[first]]
         turn = np.cumsum(first) - 1
         gap = (time[waiting] - time[opener[turn]]).view(np.uint64)
@@ -235,7 +267,7 @@ def _same_action(time: Array, new_key: Array, clocks: Array, bound: int) -> Arra
             candidate = candidate[(clocks[waiting[candidate]] & clock[turn[candidate]]) == 0]
             if not candidate.size:
                 break
-            next_one = _changes(turn[candidate])
+            next_one = changes(turn[candidate])
             joining = candidate[next_one]
             joined[joining] = True
             opens[waiting[joining]] = opener[turn[joining]]
