@@ -17,8 +17,8 @@ class CrossNetwork(nn.Module):
 
     - full rank: ``W_l x + b_l``;
     - low rank: ``U_l V_lᵀ x + b_l``;
-    - experts: ``Σ_i g_i(x) U_li relu(C_li relu(V_liᵀ x)) + b_l``, where all
-      layers share the gates ``g(x) = softmax(G x)``.
+    - experts: ``Σ_i g_i(x) U_li relu(C_li relu(V_liᵀ x)) + b_l``, where all layers share the gates
+      ``g(x) = softmax(G x)``.
 
     After L layers every output is a polynomial of degree L + 1 in the inputs (experts: with those gates and kinks).
 
@@ -50,7 +50,8 @@ class CrossNetwork(nn.Module):
 
     Note:
         The paper leaves the gate and the activation g of equation 4 open. Ours are torchrec's: a softmax without bias,
-        and relu. Since the gates add up to 1, the bias stands outside of the sum.
+        and relu. Since the gates add up to 1, the bias stands outside of the sum. Every expert's matrix is drawn by its
+        own fans, where torchrec takes the stack of all experts for one.
     """
 
     def __init__(
@@ -138,7 +139,7 @@ class _LowRank(nn.Module):
     def forward(self, x: Tensor, gates: Tensor | None = None) -> Tensor:
         hidden: Tensor = self.down(x)
         if gates is not None:
-            experts = hidden.view(*gates.shape, self.rank).relu()
+            experts = hidden.reshape(*gates.shape, self.rank).relu()
             experts = torch.einsum("...ei,eoi->...eo", experts, self.mix).relu()
             hidden = (gates[..., None] * experts).flatten(-2)
         out: Tensor = self.up(hidden)
