@@ -193,7 +193,7 @@ def _report(console: Console, data: Dataset, options: Options, models: dict[str,
         {name: trained.temperature for name, trained in models.items()},
     )
     page = options.out / "report.html"
-    report.write_page(page, title, rows, notes, figures)
+    report.write(page, title, rows, notes, figures)
     console.print(f"Wrote {page}")
 
 

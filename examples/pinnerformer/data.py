@@ -128,7 +128,7 @@ def _complete_journey(options: DataOptions) -> Dataset:
     known = recblocks.split_by_time(timelines, cut_time)[0]
     corpus = torch.unique(known.columns["row"][known.actions()[1]])
     bought, popularity = purchase_vectors(train, cut_time, num_items=len(source.items), dim=128)
-    content = torch.cat([bought, text_vectors(_product_words(source.item_text), dim=64), popularity], 1)
+    content = torch.cat([bought, text_vectors(product_words(source.item_text), dim=64), popularity], 1)
     _, topics = np.unique(source.item_text["product_category"], return_inverse=True)
     return Dataset(
         name="completejourney",
@@ -151,7 +151,7 @@ def _every_purchase(action: Mapping[str, Tensor]) -> Tensor:
     return torch.ones_like(action["time"], dtype=torch.bool)
 
 
-def _product_words(text: dict[str, list[str]]) -> list[str]:
+def product_words(text: dict[str, list[str]]) -> list[str]:
     """A line a product: each field as one word, marked with its name; category and type word by word as well."""
     rows = zip(*text.values(), strict=True)
     lines = []

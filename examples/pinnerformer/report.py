@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import base64
 import dataclasses
-import html
-import io
 import pathlib
 from collections.abc import Sequence
 
+import rich.table
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 import recblocks
+from examples.page import Table, empty_plot, legend, write_page
 from examples.pinnerformer.data import Dataset
 from examples.pinnerformer.evaluate import LIST, Judged, K
 from recblocks import Interval
@@ -83,7 +81,7 @@ def verdict(rows: Sequence[Row]) -> list[str]:
 
 def show(console: Console, title: str, rows: Sequence[Row], notes: Sequence[str]) -> None:
     """Print the table."""
-    table = Table(title=title)
+    table = rich.table.Table(title=title)
     for name in HEADINGS:
         table.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
     for row in rows:
@@ -110,52 +108,12 @@ def _cells(row: Row) -> list[str]:
     ]
 
 
-def write_page(
+def write(
     path: pathlib.Path, title: str, rows: Sequence[Row], notes: Sequence[str], figures: dict[str, Figure]
 ) -> None:
-    """Write the page; its plots are inside it."""
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in HEADINGS)
-    body = "\n".join(
-        f"<tr{' class=ours' if row.less is None else ''}>"
-        + "".join(f"<td>{html.escape(cell)}</td>" for cell in _cells(row))
-        + "</tr>"
-        for row in rows
-    )
-    said = "\n".join(f"<p>{html.escape(note)}</p>" for note in notes)
-    plots = "\n".join(
-        f'<figure><img alt="{html.escape(name)}" src="data:image/png;base64,{_png(figure)}">'
-        f"<figcaption>{html.escape(name)}</figcaption></figure>"
-        for name, figure in figures.items()
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(
-        f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title><style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #222 }}
-table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 14px }}
-th, td {{ padding: .3rem .7rem; border-bottom: 1px solid #ddd; text-align: right }}
-th:first-child, td:first-child {{ text-align: left }}
-.ours {{ font-weight: 600; background: #eef4fb }}
-.plots {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(26rem, 1fr)); gap: 1rem }}
-figure {{ margin: 0 }} img {{ max-width: 100% }} figcaption {{ color: #555; font-size: 14px }}
-</style></head><body>
-<h1>{html.escape(title)}</h1>
-<table><thead><tr>{head}</tr></thead><tbody>
-{body}
-</tbody></table>
-{said}
-<div class="plots">
-{plots}
-</div></body></html>
-""",
-        encoding="utf-8",
-    )
-
-
-def _png(figure: Figure) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    return base64.b64encode(buffer.getvalue()).decode()
+    """Write the page."""
+    ours = [number for number, row in enumerate(rows) if row.less is None]
+    write_page(path, title, [Table("", HEADINGS, [_cells(row) for row in rows], ours)], notes, figures)
 
 
 def plots(
@@ -173,15 +131,6 @@ def plots(
     return figures
 
 
-def _axes(x: str, y: str) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(7.2, 4.2), layout="constrained")
-    axes = figure.subplots()
-    axes.set(xlabel=x, ylabel=y)
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
 def _line(axes: Axes, number: int, x: Sequence[float] | Tensor, y: Tensor, name: str, **style: object) -> None:
     axes.plot(
         x,
@@ -194,22 +143,18 @@ def _line(axes: Axes, number: int, x: Sequence[float] | Tensor, y: Tensor, name:
     )
 
 
-def _legend(axes: Axes) -> None:
-    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
-
-
 def _windows(judged: Sequence[Judged]) -> Figure:
-    figure, axes = _axes("window of 14 days after the cut", f"Recall@{K}")
+    figure, axes = empty_plot("window of 14 days after the cut", f"Recall@{K}")
     for number, one in enumerate(judged):
         means = (one.recall * one.present).sum(0) / one.present.sum(0)
         _line(axes, number, range(1, len(means) + 1), means, one.name, marker="o", markersize=3)
     axes.set_ylim(bottom=0)
-    _legend(axes)
+    legend(axes)
     return figure
 
 
 def _activity(data: Dataset, judged: Sequence[Judged]) -> Figure:
-    figure, axes = _axes("median number of actions before the cut", f"Recall@{K}")
+    figure, axes = empty_plot("median number of actions before the cut", f"Recall@{K}")
     past, _ = recblocks.split_by_time(data.judged, data.cut)
     actions = past.ends - past.starts
     groups = [group for group in actions.argsort().tensor_split(5) if len(group)]
@@ -221,7 +166,7 @@ def _activity(data: Dataset, judged: Sequence[Judged]) -> Figure:
     axes.set_xticks(middles, [f"{middle:.0f}" for middle in middles])
     axes.minorticks_off()
     axes.set_ylim(bottom=0)
-    _legend(axes)
+    legend(axes)
     return figure
 
 
@@ -231,7 +176,7 @@ def _mean_of(judged: Judged, users: Tensor) -> float:
 
 
 def _coverage(data: Dataset, judged: Sequence[Judged]) -> Figure:
-    figure, axes = _axes("share of the corpus", f"share of everybody's first {K}")
+    figure, axes = empty_plot("share of the corpus", f"share of everybody's first {K}")
     for number, one in enumerate(judged):
         if one.lists is None:
             continue
@@ -241,16 +186,16 @@ def _coverage(data: Dataset, judged: Sequence[Judged]) -> Figure:
         _line(axes, number, share, counts / counts[-1], one.name)
     axes.axhline(0.9, color="#888", linewidth=0.8, linestyle=":")
     axes.set_xscale("log")
-    _legend(axes)
+    legend(axes)
     return figure
 
 
 def _curves(values: dict[str, list[float]], name: str) -> Figure:
-    figure, axes = _axes("step", name)
+    figure, axes = empty_plot("step", name)
     for number, (label, curve) in enumerate(values.items()):
         if curve:
             blocks = torch.tensor(curve).split(20)
             steps = torch.tensor([len(block) for block in blocks]).cumsum(0)
             _line(axes, number, steps, torch.stack([block.mean() for block in blocks]), label)
-    _legend(axes)
+    legend(axes)
     return figure
