@@ -175,7 +175,7 @@ def distinct_per_user(scores: Tensor, topics: Tensor, user: Tensor, chunk: Tenso
     ranked = rank_chunks(scores, user, chunk)
     _checks.integers("topics", topics, scores.shape[0])
     before, size = _ties(ranked)
-    seen = _chance_of_topic(ranked, topics, before, size, k)
+    seen = _expected_topics(ranked, topics, before, size, k)
     return user_means(ranked, seen, torch.ones_like(seen, dtype=torch.bool))
 
 
@@ -184,7 +184,7 @@ def _ties(ranked: RankedChunks) -> tuple[Tensor, Tensor]:
     return ranked.tie_start[:-1] - ranked.chunk_start[ranked.tie_chunk], ranked.tie_start.diff()
 
 
-def _chance_of_topic(ranked: RankedChunks, topics: Tensor, before: Tensor, size: Tensor, k: int) -> Tensor:
+def _expected_topics(ranked: RankedChunks, topics: Tensor, before: Tensor, size: Tensor, k: int) -> Tensor:
     """(C,) the expected number of different topics among the first k of each chunk."""
     num_chunks = len(ranked.chunk_user)
     whole, cut = before + size <= k, (before < k) & (before + size > k)
@@ -195,8 +195,7 @@ def _chance_of_topic(ranked: RankedChunks, topics: Tensor, before: Tensor, size:
     tie = torch.repeat_interleave(size)
     within = (whole | cut)[tie]
     tie, topic = tie[within], topics[ranked.order][within]
-    order = topic.argsort(stable=True)
-    order = order[ranked.tie_chunk[tie[order]].argsort(stable=True)]
+    order = topic.argsort(stable=True)  # chunks stay ascending within a topic
     tie, topic = tie[order], topic[order]
     new = run_starts(ranked.tie_chunk[tie]) | run_starts(topic)
     start = torch.cat([new.nonzero().flatten(), torch.tensor([len(new)], device=new.device)])
@@ -209,8 +208,8 @@ def _chance_of_topic(ranked: RankedChunks, topics: Tensor, before: Tensor, size:
 
 def _chance_of_none(marked: Tensor, size: Tensor, room: Tensor, k: int) -> Tensor:
     """The chance that ``room`` <= k draws without replacement from ``size`` hold none of the ``marked``."""
-    none = torch.ones_like(marked, dtype=torch.float64)
+    none = torch.ones_like(marked, dtype=torch.float64)  # exactly 0 before a factor could be below it
     for drawn in range(k):
         left = (size - drawn).clamp(min=1).double()
-        none *= torch.where(drawn < room, (size - marked - drawn).clamp(min=0) / left, 1.0)
+        none *= torch.where(drawn < room, (size - marked - drawn) / left, 1.0)
     return none
