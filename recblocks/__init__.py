@@ -48,6 +48,13 @@ from recblocks.losses.weights import equal_user_weights, rank_weights
 from recblocks.negatives.gather import gather_rows
 from recblocks.negatives.log_q import mixed_log_q
 from recblocks.negatives.pool import NegativePool, mixed_negative_pool
+from recblocks.sequence.aggregators import (
+    AveragePooling,
+    CNNAggregator,
+    LSTMAggregator,
+    RNNAggregator,
+    average_pool,
+)
 from recblocks.sequence.causal_encoder import CausalSequenceEncoder
 from recblocks.sequence.compression import OutputCompression, compress_output
 from recblocks.sequence.fusion import fuse_append, fuse_concat
@@ -81,6 +88,8 @@ __all__ = [
     "UNIFORM",
     "ActionEncoder",
     "Anchors",
+    "AveragePooling",
+    "CNNAggregator",
     "Calibration",
     "CausalSequenceEncoder",
     "CleanedActions",
@@ -95,6 +104,7 @@ __all__ = [
     "ItemIndex",
     "JudgedPositives",
     "KeptActions",
+    "LSTMAggregator",
     "LearnedTemperature",
     "LogPeriodicTimeEncoder",
     "NegativePool",
@@ -102,6 +112,7 @@ __all__ = [
     "OutputCompression",
     "PerUser",
     "Promotions",
+    "RNNAggregator",
     "RandomTimeWindowMask",
     "RealtimeActions",
     "Simulation",
@@ -117,6 +128,7 @@ __all__ = [
     "attribute_weights",
     "auc",
     "auc_bootstrap",
+    "average_pool",
     "blend_scores",
     "bootstrap_mean",
     "calibration",

@@ -103,6 +103,23 @@ ENTRIES = [
             ("CrossNetwork of experts", {"rank": 2, "num_experts": 3}),
         )
     ),
+    *(
+        Entry(
+            kind.__name__,
+            lambda device, dtype, kind=kind, sizes=sizes: kind(5, **sizes, device=device, dtype=dtype),
+            lambda: {"x": torch.randn(ROWS, SLOTS, 5), "valid": VALID.clone()},
+        )
+        for kind, sizes in (
+            (recblocks.CNNAggregator, {"channels": 6, "kernel_size": 3}),
+            (recblocks.RNNAggregator, {"hidden_dim": 6}),
+            (recblocks.LSTMAggregator, {"hidden_dim": 6}),
+        )
+    ),
+    Entry(
+        "AveragePooling",
+        lambda *_: recblocks.AveragePooling(5),
+        lambda: {"x": torch.randn(ROWS, SLOTS, 5), "valid": VALID.clone()},
+    ),
     Entry(
         "OutputCompression",
         lambda *_: recblocks.OutputCompression(2),

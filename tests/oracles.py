@@ -459,17 +459,50 @@ def compress_output(xs, valid, columns, max_pool, width):
     return flat
 
 
-def compress_output(xs, valid, columns, max_pool, width):
-    """One sequence: the chosen columns one after the other, zeros for an absent one, and then the maximum."""
-    flat = []
-    for column in columns:
-        present = column < len(xs) and valid[column]
-        flat.extend(xs[column] if present else [0.0] * width)
-    if max_pool:
-        for d in range(width):
-            values = [x[d] for x, real in zip(xs, valid, strict=True) if real]
-            flat.append(max(values) if values else 0.0)
-    return flat
+def average_pool(xs, valid, width):
+    """One sequence."""
+    present = [x for x, real in zip(xs, valid, strict=True) if real]
+    return [math.fsum(x[d] for x in present) / max(len(present), 1) for d in range(width)]
+
+
+def cnn_aggregate(xs, valid, weight, bias):
+    """One sequence; weight is [channel][width][step]. The greatest relu of the windows that hold a valid slot."""
+    width, kernel_size = len(weight[0]), len(weight[0][0])
+    greatest = [0.0] * len(bias)
+    for start in range(len(xs)):
+        window = [slot for slot in range(start, start + kernel_size) if slot < len(xs) and valid[slot]]
+        for channel in range(len(bias) if window else 0):
+            answer = bias[channel]
+            for slot in window:
+                for d in range(width):
+                    answer += weight[channel][d][slot - start] * xs[slot][d]
+            greatest[channel] = max(greatest[channel], answer)
+    return greatest
+
+
+def recurrent_aggregate(xs, valid, weights, num_layers, hidden_dim, is_lstm):
+    """One sequence, newest first; the top layer's state after the newest valid action. Gates as torch orders them."""
+    sequence = [x for x, real in zip(xs, valid, strict=True) if real][::-1]
+    for layer in range(num_layers):
+        state, cell = [0.0] * hidden_dim, [0.0] * hidden_dim
+        states = []
+        for x in sequence:
+            below = affine(weights[f"weight_ih_l{layer}"], weights[f"bias_ih_l{layer}"], x)
+            before = affine(weights[f"weight_hh_l{layer}"], weights[f"bias_hh_l{layer}"], state)
+            gates = add(below, before)
+            if is_lstm:
+                i, f, g, o = (gates[k * hidden_dim : (k + 1) * hidden_dim] for k in range(4))
+                cell = [logistic(f[d]) * cell[d] + logistic(i[d]) * math.tanh(g[d]) for d in range(hidden_dim)]
+                state = [logistic(o[d]) * math.tanh(cell[d]) for d in range(hidden_dim)]
+            else:
+                state = [math.tanh(gate) for gate in gates]
+            states.append(state)
+        sequence = states
+    return sequence[-1] if sequence else [0.0] * hidden_dim
+
+
+def logistic(x):
+    return 1 / (1 + math.exp(-x))
 
 
 # --- feature crosses ---
