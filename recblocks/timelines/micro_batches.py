@@ -224,7 +224,7 @@ class RealtimeActions:
         if short.any():
             first = row[short][0]
             raise ValueError(
-                f"request_time must be at most the lateness, {self._lateness}, before the user's newest action, at "
+                f"request_time must be at most lateness ({self._lateness}) before the user's newest action, at "
                 f"{log.latest[places[short][0]]}, got {asked[first]} for user {ids[first]}: older ones are forgotten"
             )
         slot = _rank(owner, np.ones(owner.size, dtype=bool))
