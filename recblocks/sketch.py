@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -78,6 +79,7 @@ class CountMinSketch(nn.Module):
         if not 0 <= seed < 1 << 63:
             raise ValueError(f"seed must be from 0 to 2**63 - 1, got {seed}")
         self.width, self.depth, self.seed = width, depth, seed
+        self.register_load_state_dict_pre_hook(_refuse_others)  # type: ignore[no-untyped-call]
         self._offset = _signed(_splitmix(seed, 0))
         self._multipliers = [_signed(_splitmix(seed, row + 1) | 1) for row in range(0, depth, 2)]
         for part in ("synced", "pending"):
@@ -273,11 +275,7 @@ class CountMinSketch(nn.Module):
         return torch.tensor([self.width, self.depth, self.seed], device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Refuse counters of another shape or seed, whose answers would be nonsense."""
-        width, depth, seed = state.tolist()
-        if (width, depth, seed) != (self.width, self.depth, self.seed):
-            got = f"width={width}, depth={depth}, seed={seed}"
-            raise ValueError(f"state_dict must be of a {self!r}, got one of {got}")
+        """Nothing to set: counters of another shape or seed are refused before any is loaded."""
 
     def extra_repr(self) -> str:
         """Name the shape and the seed."""
@@ -299,6 +297,18 @@ class CountMinSketch(nn.Module):
             raise ValueError(
                 f"{name} must keep the total at 2**46 or below, got {added:g} beyond {self.total.item():g}"
             )
+
+
+def _refuse_others(sketch: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: object) -> None:
+    """Refuse counters of another shape or seed, whose answers would be nonsense, before any of them is copied."""
+    assert isinstance(sketch, CountMinSketch)
+    state = state_dict.get(prefix + "_extra_state")
+    if state is None:
+        return
+    width, depth, seed = state.tolist()
+    if (width, depth, seed) != (sketch.width, sketch.depth, sketch.seed):
+        got = f"width={width}, depth={depth}, seed={seed}"
+        raise ValueError(f"state_dict must be of a {sketch!r}, got one of {got}")
 
 
 def _fixed_point(counts: Tensor) -> Tensor:

@@ -381,12 +381,23 @@ def test_uniform_stays_inside_its_range() -> None:
     assert_equal_chances(draws, 7)
 
 
+def test_a_window_of_part_of_a_day_ends_at_its_last_second() -> None:
+    times = torch.tensor([0, 60_480, 60_481])  # 0.7 days; as floats 0.7 x 86400 is a little less
+    timelines = Timelines.from_arrays(user=torch.zeros(3, dtype=torch.int64), time=times, item=times, unit="s")
+    anchors = Anchors(torch.tensor([0]), torch.tensor([2]))
+    examples = all_action(timelines, anchors, max_len=1, positive=lambda action: action["item"] >= 0, window_days=0.7)
+    assert timelines.columns["item"][examples.pair_label].tolist() == [60_480]
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
         ({"max_len": 0}, ValueError, "max_len must be at least 1, got 0"),
+        ({"positive": 5}, TypeError, r"positive must be a function of gathered columns, got 5 \(int\)"),
+        ({"anchors": None}, TypeError, "anchors must be Anchors, got None"),
         ({"window_days": 0.0}, ValueError, "window_days must be finite and above 0, got 0.0"),
         ({"window_days": 1e15}, ValueError, r"window_days must be from 1 to \d+ s, .* got 1000000000000000\.0"),
+        ({"window_days": 1e-5}, ValueError, r"window_days must be from 1 to .* s, .* got 1e-05"),  # 0.864 s
         ({"window_days": 1e-6}, ValueError, r"window_days must be from 1 to .* s, .* got 1e-06"),
         ({"max_labels": 0}, ValueError, "max_labels must be at least 1, got 0"),
         ({"positive": lambda action: action["item"]}, TypeError, "what positive returns must be bool"),

@@ -597,6 +597,36 @@ def test_functional_transforms_take_the_reference():
         torch.func.grad(lambda *x: sampled_softmax_loss(*x, backend="chunked"))(*embeddings)
 
 
+def test_a_float32_temperature_of_zero_is_refused_beside_float64_embeddings():
+    embeddings = [torch.ones(2, 3, dtype=torch.float64) for _ in range(3)]
+    for backend in BACKENDS:
+        with pytest.raises(ValueError, match="temperature must be finite and at least"):
+            sampled_softmax_loss(*embeddings, temperature=torch.tensor(0.0), backend=backend)
+
+
+def test_vmap_maps_masks_log_q_pairs_and_weights():
+    generator = torch.Generator().manual_seed(0)
+    embeddings = [torch.randn(4, 3, dtype=torch.float64, generator=generator) for _ in range(3)]
+    log_q = -torch.rand(4, dtype=torch.float64, generator=generator)
+    masked = torch.rand(4, 4, generator=generator) < 0.4
+    pairs = torch.tensor([0, 0, 3, 1])
+    mapped = {
+        "masked": (torch.rand(5, 4, 4, generator=generator) < 0.5, {}),
+        "log_q_negatives": (-torch.rand(5, 4, dtype=torch.float64, generator=generator),
+                            {"log_q_positives": log_q, "masked": masked}),
+        "pair_queries": (torch.randint(4, (5, 4), generator=generator), {}),
+        "weights": (torch.rand(5, 4, dtype=torch.float64, generator=generator), {"pair_queries": pairs}),
+    }  # fmt: skip
+    for name, (values, fixed) in mapped.items():
+
+        def loss(value, name=name, fixed=fixed):
+            return sampled_softmax_loss(*embeddings, **fixed, **{name: value})
+
+        want = torch.stack([loss(value) for value in values])
+        # one product of batches in place of several: sums of 4 numbers in another order
+        torch.testing.assert_close(torch.func.vmap(loss)(values), want, rtol=8 * EPSILON, atol=8 * EPSILON)
+
+
 @pytest.mark.parametrize("mask", ["none", "masked", "own"])
 def test_registered_operators_pass_opcheck(mask):
     embeddings, keywords = random_case()
@@ -734,6 +764,7 @@ def _log_q(positive, negative):
         ({"temperature": torch.tensor(1e-40)}, ValueError, "temperature must be .*at least 1.17.*e-38, got"),
         ({"temperature": torch.tensor(0.0)}, ValueError, "temperature"),
         ({"temperature": torch.tensor(math.nan)}, ValueError, "temperature"),
+        ({"correct_positive": "no"}, TypeError, "correct_positive must be a bool, got 'no'"),
         ({"temperature": torch.ones(1)}, ValueError, r"temperature.*\(\)"),
         ({"temperature": torch.ones((), dtype=torch.int64)}, TypeError, "temperature"),
         ({"temperature": LearnedTemperature}, TypeError, "temperature"),

@@ -507,7 +507,7 @@ def test_in_markov_the_last_action_beats_the_whole_past_at_the_next_action(seen:
         ({"interest_weights": (0.5, 0.4)}, "interest_weights must sum to 1"),
         ({"surface_shares": (0.5, 0.5)}, "surface_shares must have 3 entries"),
         ({"type_shares": (0.5, 0.5, 0.5)}, "type_shares must sum to 1"),
-        ({"intent_share": 0.9}, "home shares must sum to at most 1"),
+        ({"intent_share": 0.9}, r"\(interest_share, intent_share, chain_share\) must sum to at most 1"),
         ({"engage_other": 0.0}, "engage_other"),
         ({"intent_hours": 0.0}, "intent_hours"),
         ({"requests_per_session": 0.5}, "requests_per_session"),

@@ -476,3 +476,17 @@ def test_numpy_s_bincount_agrees():
     sketch = CountMinSketch(10_000, 4)
     sketch.update(ids)
     assert sketch.query(torch.arange(50)).tolist() == np.bincount(ids.numpy(), minlength=50).tolist()
+
+
+def test_a_refused_checkpoint_leaves_the_sketch_as_it_was():
+    other, sketch = CountMinSketch(50, 3, seed=9), CountMinSketch(50, 3, seed=8)
+    other.update(torch.arange(30))
+    sketch.update(torch.arange(5))
+    with pytest.raises(ValueError, match="state_dict must be of a CountMinSketch"):
+        sketch.load_state_dict(other.state_dict())
+    assert sketch.query(torch.arange(5)).tolist() == [1.0] * 5
+    assert sketch.total == 5
+    outer = torch.nn.ModuleDict({"inner": sketch})
+    with pytest.raises(ValueError, match="got one of width=50, depth=3, seed=9"):
+        outer.load_state_dict({f"inner.{name}": value for name, value in other.state_dict().items()})
+    assert sketch.total == 5

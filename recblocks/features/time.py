@@ -141,23 +141,36 @@ class LogPeriodicTimeEncoder(nn.Module):
         self.register_buffer("frequencies", frequencies, persistent=False)
         phase = nn.Parameter(torch.empty(2 * len(self.periods), device=device, dtype=dtype)) if learn_phase else None
         self.register_parameter("phase", phase)
+        self.register_load_state_dict_post_hook(_fill_after_loading)  # type: ignore[no-untyped-call]
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Fill the phase with zeros and the buffer from the periods."""
-        with torch.no_grad():
-            self.frequencies.copy_(torch.tensor(_fixed_point_frequencies(self.periods, self.unit), dtype=torch.int64))
-            if self.phase is not None:
-                self.phase.zero_()
+        self._fill_frequencies()
+        if self.phase is not None:
+            nn.init.zeros_(self.phase)
 
     def forward(self, t: Tensor) -> Tensor:
         """Encode ``t`` (...), int64 or float64, into (..., 2P+1); see `log_periodic_features`."""
         _checks.tensor("t", t, dtype=(torch.int64, torch.float64))
         return _encode(t, self.frequencies, self.phase, self.unit)
 
+    def _fill_frequencies(self) -> None:
+        values = _fixed_point_frequencies(self.periods, self.unit)
+        self.frequencies.copy_(torch.tensor(values, dtype=torch.int64))
+
     def extra_repr(self) -> str:
         """Show what was asked for."""
         return f"{len(self.periods)} periods, unit={self.unit!r}, learn_phase={self.phase is not None}"
+
+
+def _fill_after_loading(module: nn.Module, _incompatible_keys: object) -> None:
+    """Compute the frequencies, on the CPU or where the phase is if they were left on the meta device."""
+    assert isinstance(module, LogPeriodicTimeEncoder)
+    device = torch.device("cpu") if module.phase is None else module.phase.device
+    if module.frequencies.is_meta and device.type != "meta":
+        module.frequencies = torch.empty_like(module.frequencies, device=device)
+    module._fill_frequencies()
 
 
 def _as_floats(periods: Periods) -> list[float]:

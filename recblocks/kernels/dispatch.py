@@ -34,12 +34,16 @@ def resolve(backend: str, fast: str, device: torch.device) -> str:
     if backend in _PLANNED:
         raise ValueError(f"backend {backend!r} does not exist yet; take 'auto', 'reference' or {fast!r}")
     _checks.choice("backend", backend, ("auto", "reference", fast))
-    transformed = not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
-    if transformed and backend == fast:
+    if transformed() and backend == fast:
         raise RuntimeError(f"backend {fast!r} takes no torch.func transform; take 'auto' or 'reference'")
     if backend != "auto":
         return backend
-    return fast if device.type in ("cpu", "cuda") and not transformed else "reference"
+    return fast if device.type in ("cpu", "cuda") and not transformed() else "reference"
+
+
+def transformed() -> bool:
+    """Whether a torch.func transform (grad, vmap, ...) runs what is called now."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:

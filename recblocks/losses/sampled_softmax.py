@@ -40,7 +40,8 @@ def sampled_softmax_loss(
     ``-log softmax`` of the positive among itself and those columns.
 
     What is masked is absent, and so is a row of weight 0: it may hold NaN and changes neither loss nor gradient. NaN in
-    anything else reaches the gradients of all. A row whose every column is masked has loss 0 and gradient 0.
+    anything else reaches the gradients of all. A row of finite numbers whose every column is masked has loss 0 and
+    gradient 0.
     Logits are float32 (float64 where an embedding is), under autocast too.
 
     Args:
@@ -89,6 +90,8 @@ def sampled_softmax_loss(
     _checks.choice("reduction", reduction, ("none", "sum", "mean"))
     _check_shapes(queries, positives, negatives, log_q_positives, log_q_negatives, masked, own, weights, pair_queries)
     backend = dispatch.resolve(backend, "chunked", queries.device)
+    if not isinstance(correct_positive, bool):
+        raise TypeError(f"correct_positive must be a bool, got {_checks.describe(correct_positive)}")
     _check_log_q_given(log_q_positives, log_q_negatives, correct_positive)
     _check_pairs(weights, pair_queries, queries.shape[0])
     present = _present(weights, pair_queries, queries)
@@ -141,7 +144,10 @@ def _log_sum_exp(queries: Tensor, pool: chunked.Pool, inverse_temperature: Tenso
         return torch.logsumexp(logits, dim=1)
     # The gradient of a row of nothing but -inf is NaN: its logits become 0, and its result is replaced.
     empty = masked.all(1)
-    logits = logits.masked_fill_(masked, -torch.inf).masked_fill_(empty[:, None], 0)
+    if dispatch.transformed():  # vmap has no in-place call on what it did not map
+        logits = logits.masked_fill(masked, -torch.inf).masked_fill(empty[:, None], 0)
+    else:
+        logits.masked_fill_(masked, -torch.inf).masked_fill_(empty[:, None], 0)
     return torch.logsumexp(logits, dim=1).masked_fill(empty, -torch.inf)
 
 
@@ -158,8 +164,7 @@ def _present(weights: Tensor | None, pair_queries: Tensor | None, queries: Tenso
     if pair_queries is not None:
         ones = torch.ones_like(pair_queries) if pairs is None else pairs.long()
         rows = (
-            torch.zeros(queries.shape[0], dtype=torch.int64, device=queries.device).index_add_(0, pair_queries, ones)
-            > 0
+            torch.zeros(queries.shape[0], dtype=torch.int64, device=queries.device).index_add(0, pair_queries, ones) > 0
         )
     return _Present(_unless_all(pairs), _unless_all(rows))
 
@@ -188,7 +193,7 @@ def _inverse(temperature: float | Tensor, like: Tensor) -> Tensor:
     _checks.floating("temperature", temperature)
     if temperature.ndim != 0:
         raise ValueError(f"temperature must be a number or have shape (), got {_checks.describe(temperature)}")
-    if _checks.readable(temperature) and not smallest <= temperature < torch.inf:
+    if _checks.readable(temperature) and not smallest <= temperature.item() < torch.inf:
         raise ValueError(f"temperature must be finite and at least {smallest:g}, got {temperature.item()!r}")
     return temperature.to(like).reciprocal()
 

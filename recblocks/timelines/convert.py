@@ -105,6 +105,7 @@ def _real_slots(
         place = torch.arange(slots, device=x.device)
         return place >= slots - lengths[:, None] if padding == "left" else place < lengths[:, None]
     if padding_id is not None:
+        _checks.integer("padding_id", padding_id)
         _checks.tensor("x", x, "B", "M")
         return x != padding_id
     return torch.ones(rows, slots, dtype=torch.bool, device=x.device)

@@ -82,6 +82,8 @@ class TrainingBatches(Dataset[Examples]):
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
+        if not isinstance(timelines, Timelines):
+            raise TypeError(f"timelines must be Timelines, got {_checks.describe(timelines)}")
         for name, value in (("users_per_batch", users_per_batch), ("epochs", epochs), ("world_size", world_size)):
             _checks.positive_int(name, value)
         seed = _checks.integer("seed", seed, at_most=2**64 - 1)

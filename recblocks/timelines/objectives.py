@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
@@ -272,6 +273,8 @@ class _Gathered(Mapping[str, Tensor]):
 
 
 def _flags(timelines: Timelines, index: Tensor, positive: Positive) -> Tensor:
+    if not callable(positive):
+        raise TypeError(f"positive must be a function of gathered columns, got {_checks.describe(positive)}")
     flags = positive(_Gathered(timelines.columns, index))
     _checks.mask("what positive returns", flags, index.shape[0])
     return flags
@@ -280,6 +283,8 @@ def _flags(timelines: Timelines, index: Tensor, positive: Positive) -> Tensor:
 def _inputs(timelines: Timelines, anchors: Anchors, max_len: int) -> tuple[Tensor, Tensor]:
     """Actions (B, M) and valid (B, M) of the sequences that start at the anchors."""
     _checks.positive_int("max_len", max_len)
+    if not isinstance(anchors, Anchors):
+        raise TypeError(f"anchors must be Anchors, got {_checks.describe(anchors)}")
     _checks.integers("anchors.user_row", anchors.user_row, None)
     _checks.integers("anchors.action", anchors.action, anchors.user_row.shape[0])
     row, users = anchors.user_row, len(timelines)
@@ -353,11 +358,11 @@ def _window_positives(
     if until is not None:
         until = _checks.integer("until", until)
     day = _UNITS_PER_DAY[timelines.unit]
-    if not 1 <= round(window_days * day) <= _LATEST:
+    window = math.floor(window_days * day + 1e-6)  # 0.7 x 86400 is a little less than 60480
+    if not 1 <= window <= _LATEST:
         raise ValueError(
             f"window_days must be from 1 to {_LATEST} {timelines.unit}, of which a day has {day}, got {window_days!r}"
         )
-    window = round(window_days * day)
     time = timelines.columns["time"]
     starts = timelines.starts[anchors.user_row]
     now = time[actions]

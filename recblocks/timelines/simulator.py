@@ -105,7 +105,7 @@ def simulate(world: World, *, seed: int = 0, unit: str = "ms") -> Simulation:
         Actions ready for `write_timelines`, the impressions behind them, and the truth.
 
     Raises:
-        ValueError: If unit is neither.
+        TypeError, ValueError: If unit is neither, or seed no int64.
 
     Example:
         >>> import dataclasses
@@ -115,6 +115,7 @@ def simulate(world: World, *, seed: int = 0, unit: str = "ms") -> Simulation:
         (torch.Size([1000, 32]), True)
     """
     _checks.choice("unit", unit, ("s", "ms"))
+    seed = _checks.integer("seed", seed)
     g = Generator().manual_seed(seed)
     item_of, items = _make_items(world, g)
     truth = _make_sessions(world, g)

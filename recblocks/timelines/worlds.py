@@ -116,7 +116,12 @@ class World:
         _check_shares("surface_shares", self.surface_shares, 3)
         _check_shares("type_shares", self.type_shares, 3)
         _check_shares("intent_type_shares", self.intent_type_shares, 3)
-        _check_shares("home shares", (self.interest_share, self.intent_share, self.chain_share), 3, whole=False)
+        _check_shares(
+            "(interest_share, intent_share, chain_share)",
+            (self.interest_share, self.intent_share, self.chain_share),
+            3,
+            whole=False,
+        )
         if len(self.duration_medians) != 4:
             raise ValueError(f"duration_medians must have 4 entries, got {self.duration_medians!r}")
         for median in self.duration_medians:

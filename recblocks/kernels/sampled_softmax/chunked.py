@@ -118,7 +118,7 @@ def clear_unused(pool: Pool) -> Pool:
     """Zeros in unused columns, because a probability of 0 times NaN is NaN."""
     if pool.masked is None and not pool.own:
         return pool
-    if _checks.readable(pool.negatives) and _finite(pool.negatives) and _finite(pool.bias):
+    if _finite(pool.negatives) and _finite(pool.bias):
         return pool
     unused = unused_columns(pool.masked, pool.own, pool.present)
     negatives = pool.negatives.masked_fill(unused[:, None], 0)
@@ -126,7 +126,8 @@ def clear_unused(pool: Pool) -> Pool:
 
 
 def _finite(x: Tensor | None) -> bool:
-    return x is None or bool(x.sum().isfinite())
+    """Whether it can be read that all numbers are finite."""
+    return x is None or (_checks.readable(x) and bool(x.sum().isfinite()))
 
 
 def _pair_slopes(log_sum_exp: Tensor, positive_logits: Tensor, weights: Tensor, pair_queries: Tensor | None) -> Tensor:
