@@ -48,6 +48,7 @@ from recblocks.losses.weights import equal_user_weights, rank_weights
 from recblocks.negatives.gather import gather_rows
 from recblocks.negatives.log_q import mixed_log_q
 from recblocks.negatives.pool import NegativePool, mixed_negative_pool
+from recblocks.sequence.action_transformer import ActionTransformer, EncodedUser
 from recblocks.sequence.aggregators import (
     AveragePooling,
     CNNAggregator,
@@ -87,6 +88,7 @@ __all__ = [
     "RESPONSIVE",
     "UNIFORM",
     "ActionEncoder",
+    "ActionTransformer",
     "Anchors",
     "AveragePooling",
     "CNNAggregator",
@@ -97,6 +99,7 @@ __all__ = [
     "CountMinSketch",
     "CrossNetwork",
     "EmbeddingPoints",
+    "EncodedUser",
     "Examples",
     "Impressions",
     "Interval",

@@ -57,6 +57,24 @@ def causal_encoder(device, dtype):
     )
 
 
+def action_transformer(device, dtype, **options):
+    return recblocks.ActionTransformer(
+        item_dim=4, type_dim=2, num_heads=2, dropout=0.0, device=device, dtype=dtype, **options
+    )
+
+
+def action_transformer_inputs(*names):
+    given = {"item": torch.randn(ROWS, SLOTS, 4), "valid": VALID.clone()}
+    draw = {
+        "action_type": lambda: torch.randint(3, (ROWS, SLOTS)),
+        "candidate": lambda: torch.randn(ROWS, 4),
+        "user": lambda: torch.randn(ROWS, 5),
+        "action_time": lambda: 1_700_000_000_000 - torch.randint(10**9, (ROWS, SLOTS)),
+        "request_time": lambda: torch.full((ROWS,), 1_700_000_000_000),
+    }
+    return given | {name: draw[name]() for name in names}
+
+
 ENTRIES = [
     Entry(
         "LogPeriodicTimeEncoder",
@@ -138,6 +156,28 @@ ENTRIES = [
             "action_time": 1_700_000_000 - torch.arange(1, SLOTS + 1).expand(ROWS, -1),
             "request_time": torch.full((ROWS,), 1_700_000_000),
         },
+    ),
+    Entry(
+        "ActionTransformer",
+        lambda device, dtype: action_transformer(device, dtype, num_action_types=3),
+        lambda: action_transformer_inputs("action_type", "candidate"),
+    ),
+    Entry(
+        "ActionTransformer of appended candidates with learned positions and user tokens",
+        lambda device, dtype: action_transformer(
+            device, dtype, num_action_types=3, fusion="append", positions="learned", max_len=SLOTS, user_dim=5
+        ),
+        lambda: action_transformer_inputs("action_type", "candidate", "user"),
+    ),
+    Entry(
+        "ActionTransformer of items alone with sinusoidal positions",
+        lambda device, dtype: action_transformer(device, dtype, fusion=None, positions="sinusoidal"),
+        action_transformer_inputs,
+    ),
+    Entry(
+        "ActionTransformer of ages",
+        lambda device, dtype: action_transformer(device, dtype, positions="linear", unit="ms"),
+        lambda: action_transformer_inputs("candidate", "action_time", "request_time"),
     ),
     Entry(
         "LearnedTemperature",

@@ -616,3 +616,58 @@ def calibration_error(probabilities, labels, num_bins):
         place = sum(other < p for other in probabilities) * num_bins // len(probabilities)
         bins.setdefault(place, []).append((p, y))
     return math.fsum(abs(math.fsum(p - y for p, y in rows)) for rows in bins.values()) / len(probabilities)
+
+
+# --- the action transformer ---
+
+
+def sinusoid(slot, dim):
+    angles = [slot / 10000 ** (2 * (k // 2) / dim) for k in range(dim)]
+    return [math.cos(angle) if k % 2 else math.sin(angle) for k, angle in enumerate(angles)]
+
+
+def post_norm_layer(tokens, weights, num_heads):
+    """Attention is all you need, section 3, of a list of vectors that all see each other."""
+
+    def apply(kind, name, x):
+        return kind(weights[f"{name}.weight"], weights[f"{name}.bias"], x)
+
+    size = len(tokens[0]) // num_heads
+    heads = [range(head * size, (head + 1) * size) for head in range(num_heads)]
+    qkv = [apply(affine, "qkv", token) for token in tokens]
+    queries, keys, values = ([row[i * size * num_heads :] for row in qkv] for i in range(3))
+    out = []
+    for token, query in zip(tokens, queries, strict=True):
+        attended = []
+        for head in heads:
+            scores = [sum(query[d] * key[d] for d in head) / math.sqrt(size) for key in keys]
+            shares = [math.exp(score - max(scores)) for score in scores]
+            attended += [dot(shares, [value[d] for value in values]) / sum(shares) for d in head]
+        u = apply(layer_norm, "attention_norm", add(token, apply(affine, "attention_out", attended)))
+        hidden = [max(a, 0.0) for a in apply(affine, "ffn_hidden", u)]
+        out.append(apply(layer_norm, "ffn_norm", add(u, apply(affine, "ffn_out", hidden))))
+    return out
+
+
+def action_transformer_row(actions, valid, candidate, fusion, user, position, layers, num_heads):
+    """TransAct 3.3: what stands in each slot (None where invalid), an appended candidate last; the user as a token.
+
+    actions: [type | item] vectors. position: a function of the slot, -1 for an appended candidate; layers: weights.
+    """
+    slots = [slot for slot in range(len(actions)) if valid[slot]]
+    tokens = [actions[slot] for slot in slots]
+    if user is not None:
+        tokens = [*tokens, user]
+    if fusion == "concat":
+        tokens = [[*token, *candidate] for token in tokens]
+    if position is not None:
+        tokens = [add(token, position(slot)) for slot, token in zip(slots, tokens, strict=False)] + tokens[len(slots) :]
+    if fusion == "append":
+        last = [0.0] * (len(actions[0]) - len(candidate)) + candidate
+        tokens.append(last if position is None else add(last, position(-1)))
+    for weights in layers:
+        tokens = post_norm_layer(tokens, weights, num_heads) if tokens else []
+    out = [None] * len(actions)
+    for slot, token in zip(slots, tokens, strict=False):
+        out[slot] = token
+    return [*out, tokens[-1]] if fusion == "append" else out
