@@ -14,7 +14,7 @@ RANKS = 2
 
 
 def output_and_gradients(model, inputs):
-    out = model(**inputs)
+    out = modules.run(model, inputs)
     weights = torch.linspace(-1, 1, out.numel()).view_as(out)
     (out * weights).sum().backward()
     return out.detach()

@@ -8,6 +8,7 @@ import modules
 import numpy as np
 import pytest
 import torch
+from modules import run
 
 import recblocks
 
@@ -25,12 +26,6 @@ def make(entry, device="cpu", dtype=torch.float32):
     if isinstance(module, recblocks.CountMinSketch) and device == "cpu":
         module.update(entry.inputs()["ids"])
     return module
-
-
-def run(module, inputs):
-    """The tensor that a Module computes: the first one, where it also says which of its outputs are real."""
-    out = module(**inputs)
-    return out[0] if isinstance(out, tuple) else out
 
 
 def run_with_gradients(call, module, inputs):
