@@ -1,0 +1,152 @@
+"""Train hybrid rankers, judge them beside each other and hand-made rules, and write a report.
+
+``python -m examples.transact``
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from examples.transact import journey, kuairand, report, world
+from examples.transact.data import RankingData, count_earlier
+from examples.transact.evaluate import Judged, Jury
+from examples.transact.journey import JourneyOptions
+from examples.transact.kuairand import KuaiRandOptions
+from examples.transact.model import ModelOptions, Sequence
+from examples.transact.train import Trained, TrainOptions, predict, train
+from examples.transact.world import WorldOptions
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Train hybrid rankers, judge them beside each other and hand-made rules, and write a report."""
+
+    data: Literal["completejourney", "kuairand_pure", "kuairand27k_explicit", "simulator"] = "completejourney"
+    """A year of shopping with what the stores promoted; a feed of short videos; or a simulated feed."""
+    part: Literal["report", "choose"] = "report"
+    """Which requests are judged: the last weeks, touched once, or those that hyperparameters are chosen on."""
+    models: tuple[Sequence, ...] = ("transact", "none")
+    """How each trained ranker reads the realtime sequence; the first one is compared with the others."""
+    journey: tyro.conf.OmitArgPrefixes[JourneyOptions] = dataclasses.field(default_factory=JourneyOptions)
+    kuairand: tyro.conf.OmitArgPrefixes[KuaiRandOptions] = dataclasses.field(default_factory=KuaiRandOptions)
+    world: tyro.conf.OmitArgPrefixes[WorldOptions] = dataclasses.field(default_factory=WorldOptions)
+    model: tyro.conf.OmitArgPrefixes[ModelOptions] = dataclasses.field(default_factory=ModelOptions)
+    train: tyro.conf.OmitArgPrefixes[TrainOptions] = dataclasses.field(default_factory=TrainOptions)
+    out: pathlib.Path = pathlib.Path("build/transact")
+    """Folder of the report and the scores."""
+    threads: int = 1
+    """CPU threads of each ranker."""
+    jobs: int = 2
+    """Rankers trained at a time."""
+
+
+def main(options: Options) -> None:
+    """Run everything."""
+    began = time.monotonic()
+    torch.set_num_threads(options.threads)
+    console = Console(width=None if sys.stdout.isatty() else 130)
+    data = load(options)
+    console.print(
+        f"{data.name}: {len(data.candidates.item)} candidates of {len(data.requests.user)} requests, "
+        f"{len(data.rows_of('train'))} to train on, {len(data.rows_of(options.part))} to judge"
+    )
+    jury = Jury(data, options.part)
+    trained = train_all(console, data, options)
+    judged = [jury.judge(name, predict(ranker, jury.rows)) for name, ranker in trained.items()]
+    judged += [jury.judge(name, scores, is_model=False) for name, scores in rules(data, jury.rows, options).items()]
+    write_scores(options.out / "scores.parquet", jury, judged)
+    notes = [*data.notes, f"Took {time.monotonic() - began:.0f} s."]
+    losses = {name: ranker.loss for name, ranker in trained.items()}
+    report.show(console, jury, judged, notes)
+    report.write(options.out / "report.html", jury, judged, losses, notes)
+    console.print(f"Wrote {options.out / 'report.html'} and {options.out / 'scores.parquet'}")
+
+
+def load(options: Options) -> RankingData:
+    """Prepare the data, or read what an earlier run prepared."""
+    if options.data == "simulator":
+        return world.load(options.world)
+    if options.data == "completejourney":
+        return journey.load(options.journey)
+    return kuairand.load(options.kuairand, options.data)
+
+
+def train_all(console: Console, data: RankingData, options: Options) -> dict[str, Trained]:
+    """Every ranker that was asked for, some of them at once."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("loss {task.fields[loss]:.4f}"),
+    )
+    with Progress(*columns, console=console) as progress, ThreadPoolExecutor(options.jobs) as pool:
+
+        def run(sequence: Sequence) -> Trained:
+            task = progress.add_task(sequence, total=None, loss=float("nan"))
+
+            def on_step(step: int, steps: int, loss: float) -> None:
+                progress.update(task, completed=step, total=steps, loss=loss)
+
+            return train(data, sequence, options.model, options.train, on_step=on_step)
+
+        running = {sequence: pool.submit(run, sequence) for sequence in options.models}
+        return {sequence: future.result() for sequence, future in running.items()}
+
+
+def rules(data: RankingData, rows: Tensor, options: Options) -> dict[str, Tensor]:
+    """Scores (N, H) without any training, the same for every head."""
+    candidates = data.candidates
+    request, item = candidates.request[rows], candidates.item[rows]
+    user, newest = data.requests.user[request], data.requests.newest[request]
+    seen = data.histories.columns["row"].long()
+    generator = torch.Generator().manual_seed(0)
+    lately = count_earlier(data.histories, seen, user, item, newest, length=options.model.length)
+    ever = count_earlier(data.histories, seen, user, item, newest)
+    crowd = torch.bincount(candidates.item[data.rows_of("train")], candidates.labels[data.rows_of("train"), 0])
+    popular = torch.nn.functional.pad(crowd, (0, len(data.vectors) - len(crowd)))[item]
+    tie = popular / (1 + popular.max())
+    scores = {
+        "random": torch.rand(len(rows), generator=generator),
+        f"popularity ({data.heads[0]})": popular,
+        f"item's count in the same {options.model.length} actions, then popularity": lately + tie,
+        "item's count in the whole past, then popularity": ever + tie,
+    }
+    return {name: score.double()[:, None].expand(-1, len(data.heads)) for name, score in scores.items()}
+
+
+def write_scores(path: pathlib.Path, jury: Jury, judged: list[Judged]) -> None:
+    """One row a judged candidate: who, when, what, the labels, and every model's probability of every head."""
+    data = jury.data
+    columns = {
+        "user": data.histories.users[jury.user],
+        "request": jury.request,
+        "time": data.requests.time[jury.request],
+        "item_row": data.candidates.item[jury.rows],
+        **{f"label_{head}": jury.labels[:, place] for place, head in enumerate(data.heads)},
+        **{
+            f"{one.name}_{head}": one.probabilities[:, place]
+            for one in judged
+            if one.is_model
+            for place, head in enumerate(data.heads)
+        },
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table({name: pa.array(column.numpy()) for name, column in columns.items()}), path)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))

@@ -1,0 +1,139 @@
+"""What a ranker reads: requests and their candidates, histories frozen before each request, features without leaks."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from recblocks import Timelines
+
+
+@dataclasses.dataclass(frozen=True)
+class Requests:
+    """R requests: whose, when, and what was known of them then."""
+
+    user: Tensor
+    """(R,) rows of the histories."""
+    newest: Tensor
+    """(R,) index of the newest action strictly before the request; the end of the user's actions if none is."""
+    day: Tensor
+    """(R,) the day, counted as the data counts it; for splits and for what is known a day before."""
+    time: Tensor
+    """(R,) in the histories' unit."""
+    categorical: dict[str, Tensor]
+    """(R,) codes from 0."""
+    user_embedding: Tensor | None = None
+    """(R, E) what the retrieval example knew of the user a day before."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidates:
+    """N candidates, each shown at one request, and what came of it."""
+
+    request: Tensor
+    """(N,) ascending."""
+    item: Tensor
+    """(N,) rows of the item tables."""
+    labels: Tensor
+    """(N, H) float32, 0 or 1."""
+    categorical: dict[str, Tensor]
+    """(N,) codes from 0."""
+    numeric: Tensor
+    """(N, F) float32, known before the request."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RankingData:
+    """Everything that training and evaluation need to know about some exposures."""
+
+    name: str
+    heads: tuple[str, ...]
+    utilities: tuple[float, ...]
+    """What each head is worth in the score that ranks (TA eq. 3)."""
+    primary: str
+    """The head that comparisons are about."""
+    histories: Timelines
+    """Columns row (item), action_type, time and others, newest first."""
+    num_action_types: int
+    positive_types: tuple[int, ...]
+    """Types that are positive engagement (BST's second variant reads only these)."""
+    vectors: Tensor
+    """(I, D) fixed vectors of the items."""
+    item_categorical: dict[str, Tensor]
+    """(I,) codes from 0."""
+    topics: Tensor
+    """(I,) top-level category."""
+    requests: Requests
+    candidates: Candidates
+    parts: dict[str, Tensor]
+    """"train", "choose", "report": (R,) bool."""
+    label_weights: dict[str, dict[str, float]]
+    """What each action adds to the weight of each head's cross entropy, [head][action] (TA Table 7)."""
+    notes: tuple[str, ...] = ()
+
+    def rows_of(self, part: str) -> Tensor:
+        """The candidates of a part's requests."""
+        return torch.nonzero(self.parts[part][self.candidates.request]).squeeze(1)
+
+
+def newest_before(histories: Timelines, rows: Tensor, times: Tensor) -> Tensor:
+    """(R,) index of each user's newest action strictly before a time; the end of their actions where there is none."""
+    row, index = histories.actions()
+    time = histories.columns["time"][index]
+    low = int(torch.minimum(time.min(), times.min())) - 1
+    bits = (int(torch.maximum(time.max(), times.max())) - low).bit_length()
+    key = (row << bits) | ((1 << bits) - 1 - (time - low))  # ascending: by user, then from the newest to the oldest
+    wanted = (rows << bits) | ((1 << bits) - 1 - (times - low))
+    before = torch.searchsorted(key, wanted, right=True)  # actions at the very time of the request are not before it
+    counts = histories.ends - histories.starts
+    first = counts.cumsum(0) - counts
+    return histories.starts[rows] + before - first[rows]
+
+
+def count_earlier(
+    histories: Timelines, values: Tensor, users: Tensor, wanted: Tensor, newest: Tensor, *, length: int | None = None
+) -> Tensor:
+    """(N,) how many of a user's actions from ``newest`` on (of the next ``length``) have the wanted value.
+
+    Args:
+        histories: whose actions.
+        values: (A,) codes from 0 of every action.
+        users, wanted, newest: (N,) of each question.
+        length: so many newest actions; None: all of them.
+    """
+    row, index = histories.actions()
+    bits = int(len(values) + (length or 0)).bit_length()
+    num_values = int(torch.maximum(values.max(), wanted.max())) + 1
+    key = (((row * num_values + values[index]) << bits) | index).sort().values
+    pair = (users * num_values + wanted) << bits
+    last = histories.ends[users] if length is None else torch.minimum(newest + length, histories.ends[users])
+    return torch.searchsorted(key, pair | last) - torch.searchsorted(key, pair | newest)
+
+
+def hand_made_counts(data: RankingData, *, length: int | None = 50) -> Tensor:
+    """(N, F) log1p of how often the user met the item, its topic, and each action type, before the request."""
+    histories, candidates, requests = data.histories, data.candidates, data.requests
+    user, newest = requests.user[candidates.request], requests.newest[candidates.request]
+    items, types = histories.columns["row"].long(), histories.columns["action_type"].long()
+    topics = data.topics[items]
+    mine = data.topics[candidates.item]
+    kinds = data.num_action_types
+    columns = [
+        count_earlier(histories, items, user, candidates.item, newest, length=length),
+        count_earlier(histories, topics, user, mine, newest, length=length),
+    ]
+    for kind in range(kinds):
+        wanted = torch.full_like(user, kind)
+        columns.append(count_earlier(histories, types, user, wanted, newest, length=length))
+        pairs = topics * kinds + types
+        columns.append(count_earlier(histories, pairs, user, mine * kinds + kind, newest, length=length))
+        pairs = items * kinds + types
+        columns.append(count_earlier(histories, pairs, user, candidates.item * kinds + kind, newest, length=length))
+    return torch.stack(columns, 1).float().log1p()
+
+
+def sampling_chance(labels: Tensor, share: float) -> Tensor:
+    """(N,) the chance to train on a row: 1 with any label, else ``share`` (TA 4.1.1)."""
+    return torch.where(labels.any(1), 1.0, share)

@@ -1,0 +1,116 @@
+"""Judge rankers: HIT@3 and AUC per head, AUC within requests, calibration, diversity; paired over users."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+import recblocks
+from examples.transact.data import RankingData
+from recblocks import Calibration, Interval
+
+K = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Judged:
+    """What one ranker, or one rule, did on the judged requests."""
+
+    name: str
+    probabilities: Tensor
+    """(N, H) of the judged rows; a rule's scores stand in every column."""
+    hits: Tensor
+    """(U, H) hits in the top 3, summed over each user's requests."""
+    topics: Tensor
+    """(U,) mean number of distinct topics in the top 3."""
+    num_requests: Tensor
+    """(U,) float64."""
+    is_model: bool = True
+    """False: a rule, whose scores are no probabilities."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """One head's figures."""
+
+    hit: Interval
+    """HIT@3 a request (TA eq. 4 divides by users; requests make parts of any length comparable)."""
+    auc: Interval
+    chunk_auc: Interval
+    calibration: Calibration | None
+
+
+class Jury:
+    """Judges everything on the same rows and the same resampled users."""
+
+    def __init__(self, data: RankingData, part: str) -> None:
+        self.data = data
+        self.rows = data.rows_of(part)
+        self.request = data.candidates.request[self.rows]
+        self.user = data.requests.user[self.request]
+        self.labels = data.candidates.labels[self.rows]
+        users, place = torch.unique(data.requests.user[torch.unique(self.request)], return_inverse=True)
+        self.num_requests = torch.bincount(place, minlength=len(users)).double()
+
+    def judge(self, name: str, probabilities: Tensor, *, is_model: bool = True) -> Judged:
+        """Rank every request by the blended score."""
+        utilities = torch.tensor(self.data.utilities, dtype=torch.float64)
+        scores = recblocks.blend_scores(probabilities, utilities) if is_model else probabilities[:, 0]
+        topics = self.data.topics[self.data.candidates.item[self.rows]]
+        return Judged(
+            name,
+            probabilities,
+            recblocks.hit_per_user(scores, self.labels, self.user, self.request, k=K).value,
+            recblocks.distinct_per_user(scores, topics, self.user, self.request, k=K).value,
+            self.num_requests,
+            is_model,
+        )
+
+    def head(self, judged: Judged, head: int) -> Head:
+        """One head's figures with 95 % intervals over users."""
+        labels, scores = self.labels[:, head], judged.probabilities[:, head]
+        inside = recblocks.chunk_auc_per_user(scores, labels, self.user, self.request)
+        return Head(
+            self._mean(judged.hits[:, head] / self.num_requests, self.num_requests),
+            recblocks.auc_bootstrap(scores, labels, self.user, num_resamples=300, generator=seeded()),
+            self._mean(inside.value, inside.num_chunks.double()),
+            recblocks.calibration(scores, labels) if judged.is_model else None,
+        )
+
+    def less(self, one: Judged, other: Judged, head: int) -> tuple[Interval, Interval, Interval]:
+        """HIT@3, AUC and AUC within requests of one less the other's, over the same users."""
+        labels = self.labels[:, head]
+        ours, theirs = (
+            recblocks.chunk_auc_per_user(each.probabilities[:, head], labels, self.user, self.request)
+            for each in (one, other)
+        )
+        weights = self.num_requests
+        return (
+            self._less(one.hits[:, head] / weights, other.hits[:, head] / weights, weights),
+            recblocks.paired_auc_bootstrap(
+                one.probabilities[:, head], other.probabilities[:, head], labels, self.user,
+                num_resamples=300, generator=seeded(),
+            ),
+            self._less(ours.value, theirs.value, ours.num_chunks.double()),
+        )  # fmt: skip
+
+    def diversity(self, judged: Judged) -> Interval:
+        """Distinct topics in the top 3."""
+        return self._mean(judged.topics, self.num_requests)
+
+    def less_diverse(self, one: Judged, other: Judged) -> Interval:
+        """Distinct topics in the top 3 of one less the other's."""
+        return self._less(one.topics, other.topics, self.num_requests)
+
+    def _mean(self, values: Tensor, weights: Tensor) -> Interval:
+        return recblocks.bootstrap_mean(values, weights=weights, num_resamples=2000, generator=seeded())
+
+    def _less(self, values: Tensor, other: Tensor, weights: Tensor) -> Interval:
+        return recblocks.paired_bootstrap(values, other, weights=weights, num_resamples=2000, generator=seeded())
+
+
+def seeded() -> torch.Generator:
+    """Everything is judged on the same resamples."""
+    return torch.Generator().manual_seed(0)

@@ -1,0 +1,134 @@
+"""KuaiRand as exposures: a chunk is what one user saw on one day, its sequence frozen before the first of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from typing import Literal
+
+import numpy as np
+import scipy.sparse
+import torch
+from sklearn.decomposition import TruncatedSVD
+from torch import Tensor
+
+import recblocks
+from examples.transact.data import Candidates, RankingData, Requests, newest_before
+from recblocks import Impressions, Timelines
+
+WATCHED = len(recblocks.KUAIRAND_TYPES)
+"""The action type of the videos of which only the order is known."""
+UTILITIES = {"long_view": 1.0, "like": 1.0, "comment": 0.5, "forward": 0.5, "follow": 0.5, "click": 0.3, "hate": -1.0}
+
+
+@dataclasses.dataclass(frozen=True)
+class KuaiRandOptions:
+    """Where KuaiRand lies and how it is drawn."""
+
+    data_dir: pathlib.Path | None = None
+    """The folder that holds kuairand_pure and kuairand27k_explicit; default: what RECBLOCKS_DATA names."""
+    vector_dim: int = 16
+    """Width of each kind of item vector: co-watching before the training days, and identity."""
+
+
+def load(options: KuaiRandOptions, part: Literal["kuairand_pure", "kuairand27k_explicit"]) -> RankingData:
+    """Pure: train 25 to 29 April, choose on the 30th, report 1 to 8 May; the explicit part: 7 to 17, 18, 19 to 21."""
+    read = {"kuairand_pure": recblocks.kuairand_pure, "kuairand27k_explicit": recblocks.kuairand27k_explicit}[part]
+    seen = read(options.data_dir)
+    items = seen.items["item"]
+    histories = _histories(seen, items)
+    columns = seen.columns
+    user = histories.rows_of(columns["user"])
+    # Rows run by user and time; a chunk is one user's day, whose first impression freezes the sequence.
+    key = user * 100_000 + columns["day"]
+    chunks, request = torch.unique(key, return_inverse=True)
+    first = torch.full((len(chunks),), torch.iinfo(torch.int64).max).scatter_reduce_(
+        0, request, columns["time"], "amin"
+    )
+    order = request.argsort(stable=True)
+    size = torch.bincount(request)
+    day, test = chunks % 100_000, torch.zeros(len(chunks), dtype=torch.int64).index_copy_(0, request, columns["test"])
+    last_day = day == int(day[test == 0].max())
+    heads = ("like", "hate") if part == "kuairand27k_explicit" else tuple(UTILITIES)
+    item = torch.searchsorted(items, columns["item"])
+    requests = Requests(
+        user=chunks // 100_000,
+        newest=newest_before(histories, chunks // 100_000, first),
+        day=day,
+        time=first,
+        categorical={"hour": first // 3_600_000 % 24},
+    )
+    return RankingData(
+        name=part,
+        heads=heads,
+        utilities=tuple(UTILITIES[head] for head in heads),
+        primary=heads[0],
+        histories=histories,
+        num_action_types=WATCHED + 1,
+        positive_types=tuple(kind for kind in range(1, WATCHED + 1) if kind != recblocks.KUAIRAND_TYPES.index("hate")),
+        vectors=_vectors(seen, items, options.vector_dim),
+        item_categorical={name: _codes(seen.items[name]) for name in ("tag", "author", "music") if name in seen.items},
+        topics=_codes(seen.items["tag"]) if "tag" in seen.items else torch.arange(len(items)),
+        requests=requests,
+        candidates=Candidates(
+            request=request[order],
+            item=item[order],
+            labels=torch.stack([seen.labels[head] for head in heads], 1).float()[order],
+            categorical={"surface": columns["surface"][order]},
+            numeric=_popularity(item, day[request])[order],
+        ),
+        parts={
+            "train": (test == 0) & ~last_day,
+            "choose": (test == 0) & last_day & (size >= 4),
+            "report": (test == 1) & (size >= 4),
+        },
+        label_weights={head: {action: float(head == action) for action in heads} for head in heads},
+        notes=(
+            f"{seen.report['merged']} repeated rows are merged. Chunks of fewer than 4 impressions are trained on and "
+            "not judged. Nothing is randomised: position bias is in every figure.",
+        ),
+    )
+
+
+def _histories(seen: Impressions, items: Tensor) -> Timelines:
+    """Every impression as an action, and before them what was watched earlier, 1 ms apart, as its times are unknown."""
+    columns, earlier = seen.columns, seen.earlier
+    before = int(columns["time"].min()) - 1
+    user = torch.cat([columns["user"], earlier["user"]])
+    item = torch.cat([columns["item"], earlier["item"]])
+    kind = torch.cat([columns["action_type"], torch.full_like(earlier["user"], WATCHED)])
+    known = torch.isin(item, items)
+    time = torch.cat([columns["time"], before - earlier["place"]])
+    timelines = Timelines.from_arrays(
+        user=user[known], time=time[known], item=item[known], action_type=kind[known], unit="ms"
+    )
+    return timelines.with_columns(row=torch.searchsorted(items, timelines.columns["item"]))
+
+
+def _vectors(seen: Impressions, items: Tensor, dim: int) -> Tensor:
+    """(I, 2 dim) who watched it before the first impression, and identity; identity alone where nothing came before."""
+    generator = torch.Generator().manual_seed(0)
+    identity = torch.randn(len(items), dim, generator=generator) / dim**0.5
+    known = torch.isin(seen.earlier["item"], items)
+    if not bool(known.any()):
+        return torch.cat([identity, torch.randn(len(items), dim, generator=generator) / dim**0.5], 1)
+    _, user = torch.unique(seen.earlier["user"][known], return_inverse=True)
+    item = torch.searchsorted(items, seen.earlier["item"][known])
+    shape = (int(user.max()) + 1, len(items))
+    matrix = scipy.sparse.csr_matrix((np.ones(len(user), np.float32), (user.numpy(), item.numpy())), shape=shape)
+    vectors = torch.from_numpy(
+        np.ascontiguousarray(TruncatedSVD(dim, random_state=0).fit(matrix).components_.T)
+    ).float()
+    return torch.cat([torch.nn.functional.normalize(vectors, dim=1), identity], 1)
+
+
+def _popularity(item: Tensor, day: Tensor) -> Tensor:
+    """(N, 1) log1p of an item's impressions on earlier days."""
+    days, place = torch.unique(day, return_inverse=True)
+    counts = torch.zeros(len(days) + 1, int(item.max()) + 1)
+    counts.view(-1).index_add_(0, (place + 1) * counts.shape[1] + item, torch.ones(len(item)))
+    return counts.cumsum(0)[place, item, None].log1p()
+
+
+def _codes(values: Tensor) -> Tensor:
+    return torch.unique(values, return_inverse=True)[1]

@@ -1,0 +1,209 @@
+"""The hybrid ranker (Pinnability, TA Figure 2): features, the realtime sequence and a batch user embedding, crossed."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from examples.transact.data import RankingData, hand_made_counts
+from recblocks import (
+    ActionTransformer,
+    AveragePooling,
+    CNNAggregator,
+    CrossNetwork,
+    LSTMAggregator,
+    OutputCompression,
+    RandomTimeWindowMask,
+    RNNAggregator,
+)
+
+Sequence = Literal["none", "average", "cnn", "rnn", "lstm", "bst", "bst_positive", "transact", "transact_untyped"]
+"""How the realtime sequence is read: not at all; by average pooling, a CNN, an RNN or an LSTM of the items (TA Table
+3); by BST, all or only positive actions (TA Table 1); by TransAct, with or without action types."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelOptions:
+    """Parts and sizes of the ranker."""
+
+    length: int = 50
+    """Newest actions that are read, S."""
+    type_dim: int = 16
+    num_layers: int = 2
+    hidden_dim: int = 32
+    """Width of the transformer's feed-forward network."""
+    dropout: float = 0.1
+    num_slots: int = 10
+    """First columns of the transformer's output that are kept beside the max pool, K."""
+    window_hours: float = 24.0
+    """Longest random time window that is masked in training (TA 3.3.4); 0: none."""
+    counts: bool = False
+    """Also read hand-made counts of the same S actions: how often the user met the item, its topic, each type."""
+    user_embedding: bool = True
+    """Read the user's embedding of the day before, where the data has one."""
+    learned_ids: int = 0
+    """Width of learned item embeddings beside the fixed vectors; 0: none."""
+    embedding_dim: int = 8
+    """Width of the embedding of each categorical feature."""
+    cross_layers: int = 2
+    mlp: tuple[int, ...] = (128, 64)
+
+
+class Batch(NamedTuple):
+    """B candidates as the ranker reads them."""
+
+    candidate: Tensor
+    """(B,) rows of the items."""
+    items: Tensor
+    """(B, S) rows of the items."""
+    types: Tensor
+    times: Tensor
+    valid: Tensor
+    request_time: Tensor
+    categorical: Tensor
+    """(B, C) codes."""
+    numeric: Tensor
+    """(B, F)."""
+    user: Tensor
+    """(B, E), E = 0 without user embeddings."""
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on a device."""
+        return Batch(*(part.to(device) for part in self))
+
+
+class Inputs:
+    """Finds a ranker's inputs for any rows of some data."""
+
+    def __init__(self, data: RankingData, options: ModelOptions) -> None:
+        requests, candidates = data.requests, data.candidates
+        per_item = [column[candidates.item] for column in data.item_categorical.values()]
+        per_request = [column[candidates.request] for column in requests.categorical.values()]
+        self.categorical = torch.stack([*candidates.categorical.values(), *per_item, *per_request], 1)
+        tables = (candidates.categorical, data.item_categorical, requests.categorical)
+        self.sizes = [int(column.max()) + 1 for table in tables for column in table.values()]
+        counts = [hand_made_counts(data, length=options.length)] if options.counts else []
+        self.numeric = torch.cat([candidates.numeric, *counts], 1)
+        has_users = options.user_embedding and requests.user_embedding is not None
+        self.users = requests.user_embedding if has_users else torch.empty(len(requests.user), 0)
+        self.data = data
+        self.options = options
+
+    def __call__(self, rows: Tensor) -> Batch:
+        data, histories = self.data, self.data.histories
+        request = data.candidates.request[rows]
+        user = data.requests.user[request]
+        index = data.requests.newest[request][:, None] + torch.arange(self.options.length)
+        valid = index < histories.ends[user][:, None]
+        actions = histories.gather(torch.where(valid, index, 0), ("row", "action_type", "time"))
+        actions = {name: torch.where(valid, column, 0) for name, column in actions.items()}
+        return Batch(
+            candidate=data.candidates.item[rows],
+            items=actions["row"],
+            types=actions["action_type"].long(),
+            times=actions["time"],
+            valid=valid,
+            request_time=data.requests.time[request],
+            categorical=self.categorical[rows],
+            numeric=self.numeric[rows],
+            user=self.users[request],
+        )
+
+
+class Ranker(nn.Module):
+    """Logits of each head, and of any action at all, for candidates.
+
+    Args:
+        data: whose item vectors, sizes and heads.
+        inputs: what its batches hold.
+        sequence: how it reads the realtime sequence.
+        options: parts and sizes.
+    """
+
+    vectors: Tensor
+    positive: Tensor
+
+    def __init__(self, data: RankingData, inputs: Inputs, sequence: Sequence, options: ModelOptions) -> None:
+        super().__init__()
+        self.register_buffer("vectors", data.vectors, persistent=False)
+        positive = torch.isin(torch.arange(data.num_action_types), torch.tensor(data.positive_types))
+        self.register_buffer("positive", positive, persistent=False)
+        self.learned = nn.Embedding(len(data.vectors), options.learned_ids) if options.learned_ids else None
+        item_dim = data.vectors.shape[1] + options.learned_ids
+        self.embeddings = nn.ModuleList(nn.Embedding(size, options.embedding_dim) for size in inputs.sizes)
+        for table in self.embeddings:
+            nn.init.normal_(table.weight, std=0.05)
+        self.norm = nn.BatchNorm1d(inputs.numeric.shape[1])
+        self.reads = sequence
+        day = 86_400 if data.histories.unit == "s" else 86_400_000
+        self.window = RandomTimeWindowMask(max_window=options.window_hours / 24 * day) if options.window_hours else None
+        self.sequence, self.compression, sequence_dim = _sequence(data, sequence, options, item_dim)
+        features = len(inputs.sizes) * options.embedding_dim + inputs.numeric.shape[1] + item_dim
+        width = features + inputs.users.shape[1] + sequence_dim
+        self.cross = CrossNetwork(width, num_layers=options.cross_layers)
+        widths = [width, *options.mlp]
+        hidden = [layer for low, high in itertools.pairwise(widths) for layer in (nn.Linear(low, high), nn.ReLU())]
+        self.mlp = nn.Sequential(*hidden, nn.Linear(widths[-1], len(data.heads) + 1))
+
+    def forward(self, batch: Batch, generator: torch.Generator | None = None) -> Tensor:
+        """(B, H + 1) logits; the last column is that of any action."""
+        embedded = [table(batch.categorical[:, column]) for column, table in enumerate(self.embeddings)]
+        candidate = self._vectors(batch.candidate)
+        parts = [*embedded, self.norm(batch.numeric), candidate, batch.user]
+        if self.sequence is not None:
+            parts.append(self._read(batch, candidate, generator))
+        logits: Tensor = self.mlp(self.cross(torch.cat(parts, 1)))
+        return logits
+
+    def _vectors(self, rows: Tensor) -> Tensor:
+        fixed = self.vectors[rows]
+        return fixed if self.learned is None else torch.cat([fixed, self.learned(rows)], -1)
+
+    def _read(self, batch: Batch, candidate: Tensor, generator: torch.Generator | None) -> Tensor:
+        valid = batch.valid
+        if self.window is not None:
+            valid = valid & ~self.window(batch.times, batch.request_time, generator=generator)
+        if self.reads == "bst_positive":
+            valid = valid & self.positive[batch.types]
+        items = self._vectors(batch.items)
+        if not isinstance(self.sequence, ActionTransformer):
+            pooled: Tensor = self.sequence(items, valid=valid)
+            return pooled
+        types = batch.types if self.reads == "transact" else None
+        out, seen = self.sequence(items, types, candidate, valid=valid)
+        compressed: Tensor = self.compression(out, seen)
+        if self.reads.startswith("bst"):
+            return torch.cat([compressed, out[:, -1]], 1)
+        return compressed
+
+
+def _sequence(
+    data: RankingData, sequence: Sequence, options: ModelOptions, item_dim: int
+) -> tuple[nn.Module | None, OutputCompression | None, int]:
+    """What reads the sequence, what compresses its output, and how wide the result is."""
+    if sequence == "none":
+        return None, None, 0
+    if sequence in ("average", "cnn", "rnn", "lstm"):
+        made = {"cnn": CNNAggregator, "rnn": RNNAggregator, "lstm": LSTMAggregator}
+        kind = made.get(sequence)
+        reader = AveragePooling(item_dim) if kind is None else kind(item_dim)
+        return reader, None, reader.out_dim
+    bst = sequence.startswith("bst")
+    transformer = ActionTransformer(
+        item_dim=item_dim,
+        num_action_types=data.num_action_types if sequence == "transact" else None,
+        type_dim=options.type_dim,
+        num_layers=options.num_layers,
+        hidden_dim=options.hidden_dim,
+        dropout=options.dropout,
+        fusion="append" if bst else "concat",
+        positions="learned" if bst else None,
+        max_len=options.length + 1 if bst else None,
+    )
+    compression = OutputCompression(options.num_slots)
+    columns = compression.out_columns + (1 if bst else 0)  # BST's candidate has a slot of its own, the last
+    return transformer, compression, columns * transformer.out_dim

@@ -1,0 +1,101 @@
+"""The report: tables in the terminal, and a page with calibration and loss."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Sequence
+
+import rich.table
+import torch
+from matplotlib.figure import Figure
+from rich.console import Console
+
+from examples.page import Table, empty_plot, legend, write_page
+from examples.transact.evaluate import Judged, Jury, K
+from recblocks import Interval
+
+
+def show(console: Console, jury: Jury, judged: Sequence[Judged], notes: Sequence[str]) -> None:
+    """Print the tables."""
+    for table in tables(jury, judged):
+        printed = rich.table.Table(title=table.title)
+        for place, heading in enumerate(table.headings):
+            printed.add_column(heading, justify="left" if place == 0 else "right")
+        for number, row in enumerate(table.rows):
+            printed.add_row(*row, style="bold" if number in table.marked else None)
+        console.print(printed)
+    for note in notes:
+        console.print(note)
+
+
+def write(
+    path: pathlib.Path,
+    jury: Jury,
+    judged: Sequence[Judged],
+    losses: dict[str, list[float]],
+    notes: Sequence[str],
+) -> None:
+    """Write the page."""
+    figures = {
+        f"Calibration of {head}: observed against predicted, ten bins": _calibration(jury, judged, place)
+        for place, head in enumerate(jury.data.heads)
+    }
+    figures["Loss, mean of 20 steps"] = _losses(losses)
+    write_page(path, f"Rankers on {jury.data.name}", tables(jury, judged), notes, figures)
+
+
+def tables(jury: Jury, judged: Sequence[Judged]) -> list[Table]:
+    """One table a head, and what the first ranker wins or loses."""
+    data = jury.data
+    result = []
+    for place, head in enumerate(data.heads):
+        rows = []
+        for one in judged:
+            found = jury.head(one, place)
+            calibrated = found.calibration
+            rows.append(
+                [one.name, _text(found.hit), _text(found.auc), _text(found.chunk_auc)]
+                + (["", ""] if calibrated is None else [f"{calibrated.ratio:.2f}", f"{calibrated.error:.4f}"])
+            )
+        headings = ("ranker", f"HIT@{K} a request", "AUC", "AUC in requests", "predicted / observed", "error")
+        result.append(Table(head, headings, rows, [0]))
+    rows = [[one.name, _text(jury.diversity(one))] for one in judged]
+    result.append(Table("Diversity", ("ranker", f"distinct topics in the top {K}"), rows, [0]))
+    place = data.heads.index(data.primary)
+    rows = [
+        [other.name, *(_text(less, "+") for less in jury.less(judged[0], other, place)),
+         _text(jury.less_diverse(judged[0], other), "+")]
+        for other in judged[1:]
+    ]  # fmt: skip
+    headings = ("less", f"HIT@{K} a request", "AUC", "AUC in requests", "distinct topics")
+    result.append(Table(f"{judged[0].name} minus the others, {data.primary}", headings, rows))
+    return result
+
+
+def _text(interval: Interval, sign: str = "") -> str:
+    return f"{interval.mean:{sign}.4f} [{interval.low:{sign}.4f}, {interval.high:{sign}.4f}]"
+
+
+def _calibration(jury: Jury, judged: Sequence[Judged], head: int) -> Figure:
+    figure, axes = empty_plot("predicted", "observed")
+    most = 0.0
+    for one in judged:
+        if not one.is_model:
+            continue
+        found = jury.head(one, head).calibration
+        assert found is not None
+        axes.plot(found.predicted, found.observed, marker="o", markersize=3, label=one.name)
+        most = max(most, float(found.predicted.max()), float(found.observed.max()))
+    axes.plot([0, most], [0, most], color="#888", linewidth=0.8, linestyle=":")
+    legend(axes)
+    return figure
+
+
+def _losses(losses: dict[str, list[float]]) -> Figure:
+    figure, axes = empty_plot("step", "loss")
+    for name, curve in losses.items():
+        blocks = torch.tensor(curve).split(20)
+        steps = torch.tensor([len(block) for block in blocks]).cumsum(0)
+        axes.plot(steps, torch.stack([block.mean() for block in blocks]), label=name)
+    legend(axes)
+    return figure

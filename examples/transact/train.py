@@ -1,0 +1,135 @@
+"""Train a ranker: warm-up to the peak rate, cosine decay, weighted cross entropy, negatives sampled and corrected."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import threading
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from examples.transact.data import RankingData, sampling_chance
+from examples.transact.model import Inputs, ModelOptions, Ranker, Sequence
+from recblocks import label_weight_matrix, label_weighted_bce_with_logits
+
+_SEEDED = threading.Lock()
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainOptions:
+    """How a ranker is trained."""
+
+    epochs: int = 2
+    batch_size: int = 1024
+    learning_rate: float = 2e-3
+    """The peak."""
+    warmup: float = 0.1
+    """Share of all steps in which the rate rises to its peak; then it falls to 0 as a cosine (TA 4.1.2)."""
+    negative_share: float = 0.25
+    """Share of the candidates without any action that is trained on; probabilities are corrected back."""
+    label_weights: Literal["plain", "matrix"] = "plain"
+    """"plain": cross entropy. "matrix": the data's label-weight matrix on top (TA eq. 2)."""
+    seed: int = 0
+    device: str = "cpu"
+    compile: bool = False
+
+
+@dataclasses.dataclass
+class Trained:
+    """A ranker and how it came about."""
+
+    ranker: Ranker
+    inputs: Inputs
+    negative_share: float
+    loss: list[float]
+
+
+def train(
+    data: RankingData,
+    sequence: Sequence,
+    model_options: ModelOptions,
+    options: TrainOptions,
+    *,
+    on_step: Callable[[int, int, float], None] | None = None,
+) -> Trained:
+    """Train on the data's training requests.
+
+    Args:
+        data: what to train on.
+        sequence: how the ranker reads the realtime sequence.
+        model_options: parts and sizes.
+        options: of the training.
+        on_step: called with the finished steps, all steps, and the loss.
+    """
+    device = torch.device(options.device)
+    inputs = Inputs(data, model_options)
+    with _SEEDED:  # of two rankers built at once each draws from its own seed
+        torch.manual_seed(options.seed)
+        ranker = Ranker(data, inputs, sequence, model_options).to(device)
+    forward: nn.Module = torch.compile(ranker, dynamic=True) if options.compile else ranker
+    generator = torch.Generator().manual_seed(options.seed)
+    windows = torch.Generator(device).manual_seed(options.seed)
+    rows = data.rows_of("train")
+    labels = data.candidates.labels[rows]
+    steps_an_epoch = math.ceil(float(sampling_chance(labels, options.negative_share).sum()) / options.batch_size)
+    steps = steps_an_epoch * options.epochs
+    optimizer = torch.optim.AdamW(ranker.parameters(), lr=options.learning_rate, weight_decay=1e-4)
+    matrix, base = _label_weights(data, options)
+    trained = Trained(ranker, inputs, options.negative_share, [])
+    ranker.train()
+    for epoch in range(options.epochs):
+        kept = torch.rand(len(rows), generator=generator) < sampling_chance(labels, options.negative_share)
+        order = rows[kept][torch.randperm(int(kept.sum()), generator=generator)]
+        for batch, chosen in enumerate(order.tensor_split(steps_an_epoch)):
+            for group in optimizer.param_groups:
+                group["lr"] = options.learning_rate * _schedule(epoch * steps_an_epoch + batch, steps, options)
+            wanted = data.candidates.labels[chosen]
+            wanted = torch.cat([wanted, wanted.amax(1, keepdim=True)], 1).to(device)
+            logits = forward(inputs(chosen).to(device), windows)
+            loss = label_weighted_bce_with_logits(logits, wanted, matrix.to(device), base_weights=base.to(device))
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(ranker.parameters(), 1.0)
+            optimizer.step()
+            trained.loss.append(loss.item())
+            if on_step is not None:
+                on_step(len(trained.loss), steps, trained.loss[-1])
+    ranker.eval()
+    return trained
+
+
+@torch.no_grad()
+def predict(trained: Trained, rows: Tensor, *, batch_size: int = 4096) -> Tensor:
+    """(N, H) probability of each head, as if training had seen every negative."""
+    device = next(trained.ranker.parameters()).device
+    logits = [trained.ranker(trained.inputs(some).to(device)).cpu() for some in rows.split(batch_size)]
+    return corrected(torch.cat(logits).double().sigmoid(), trained.negative_share)
+
+
+def corrected(sampled: Tensor, share: float) -> Tensor:
+    """Probabilities (N, H) from those (N, H + 1) of a world in which only a share of the rows without action remain.
+
+    The last column is that of any action. Each row stands for itself or, without action, for 1 / share rows:
+    ``p_h = q_h / (q_any + (1 - q_any) / share)``.
+    """
+    anything = sampled[:, -1:]
+    return (sampled[:, :-1] / (anything + (1 - anything) / share)).clamp(max=1.0)
+
+
+def _label_weights(data: RankingData, options: TrainOptions) -> tuple[Tensor, Tensor]:
+    """M and the base weights over the heads and "any", whose cross entropy is always plain."""
+    size = len(data.heads) + 1
+    matrix = torch.zeros(size, size)
+    if options.label_weights == "matrix":
+        matrix[:-1, :-1] = label_weight_matrix(data.label_weights, data.heads)
+    return matrix, torch.ones(size)
+
+
+def _schedule(step: int, steps: int, options: TrainOptions) -> float:
+    warmup = max(1.0, options.warmup * steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / max(1.0, steps - warmup))

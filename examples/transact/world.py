@@ -1,0 +1,82 @@
+"""Simulated feeds as exposures: a request's chunk are the candidates, with everything that came of them known."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import torch
+
+import recblocks
+from examples.transact.data import Candidates, RankingData, Requests, newest_before
+from recblocks import Timelines
+
+DAY = 86_400_000
+HEADS = ("save", "closeup", "click", "hide")
+
+
+@dataclasses.dataclass(frozen=True)
+class WorldOptions:
+    """Which simulated feed."""
+
+    world: Literal["responsive", "indifferent"] = "responsive"
+    """A world whose users answer to what they just did, or one whose do not."""
+    world_users: int | None = None
+    """Users instead of the world's own number."""
+    world_seed: int = 0
+
+
+def load(options: WorldOptions) -> RankingData:
+    """Simulate; train on all days but the last seven and choose on the two before these."""
+    world = {"responsive": recblocks.RESPONSIVE, "indifferent": recblocks.INDIFFERENT}[options.world]
+    if options.world_users is not None:
+        world = dataclasses.replace(world, num_users=options.world_users)
+    seen = recblocks.simulate(world, seed=options.world_seed)
+    names = ("user", "time", "item", "action_type")
+    histories = Timelines.from_arrays(unit=seen.unit, **{name: seen.actions[name] for name in names})
+    histories = histories.with_columns(row=histories.columns["item"])
+    time, shown = seen.requests["time"], seen.impressions
+    day = (time - int(time.min())) // DAY
+    user = histories.rows_of(seen.requests["user"])
+    known = user >= 0  # who never does anything has no history, and no row in it
+    place = known.cumsum(0) - 1
+    kept = known[shown["request"]]
+    kinds = torch.arange(len(HEADS))
+    return RankingData(
+        name=f"the world {options.world}",
+        heads=HEADS,
+        utilities=(1.0, 0.3, 0.3, -1.0),
+        primary="save",
+        histories=histories,
+        num_action_types=len(HEADS),
+        positive_types=(0, 1, 2),
+        vectors=seen.items.embedding,
+        item_categorical={},
+        topics=seen.items.topic,
+        requests=Requests(
+            user=user[known],
+            newest=newest_before(histories, user[known], time[known]),
+            day=day[known],
+            time=time[known],
+            categorical={"hour": (time[known] // 3_600_000) % 24},
+        ),
+        candidates=Candidates(
+            request=place[shown["request"][kept]],
+            item=shown["item"][kept],
+            labels=(shown["action_type"][kept, None] == kinds).float(),
+            categorical={},
+            numeric=shown["position"][kept, None].float(),
+        ),
+        parts={
+            "train": (day < world.days - 9)[known],
+            "choose": ((day >= world.days - 9) & (day < world.days - 7))[known],
+            "report": (day >= world.days - 7)[known],
+        },
+        label_weights={
+            "save": {"save": 10.0, "closeup": 0.0, "click": 0.0, "hide": 10.0},
+            "closeup": {"save": 0.0, "closeup": 10.0, "click": 0.0, "hide": 10.0},
+            "click": {"save": 0.0, "closeup": 0.0, "click": 10.0, "hide": 10.0},
+            "hide": {"save": 0.5, "closeup": 0.1, "click": 0.1, "hide": 1.0},
+        },
+        notes=(f"{int((~known).sum())} requests of users who never do anything are left out.",),
+    )

@@ -1,0 +1,177 @@
+"""The TransAct example end to end on a tiny simulated feed, and the leaks that its data could have."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import re
+from typing import get_args
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+import tyro
+from hypothesis import given
+from hypothesis import strategies as st
+
+import recblocks
+from examples.transact import __main__ as command
+from examples.transact import world
+from examples.transact.data import RankingData, count_earlier, hand_made_counts, newest_before
+from examples.transact.model import Batch, Inputs, ModelOptions, Ranker, Sequence
+from examples.transact.train import TrainOptions, corrected, predict, train
+from recblocks import Timelines
+
+TINY = ["--data", "simulator", "--world-users", "60", "--epochs", "1", "--length", "8", "--num-slots", "3"]
+SMALL = ModelOptions(length=8, num_slots=3, type_dim=4, mlp=(8,), counts=True)
+
+
+@pytest.fixture(scope="module")
+def data() -> RankingData:
+    return world.load(world.WorldOptions(world_users=60))
+
+
+def test_the_command_trains_judges_and_reports(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command.main(tyro.cli(command.Options, args=[*TINY, "--models", "transact", "none", "--out", str(tmp_path)]))
+    printed = capsys.readouterr().out
+    page = (tmp_path / "report.html").read_text()
+    for name in ("transact", "none", "random", "popularity (save)"):
+        assert f"<td>{name}</td>" in page
+        assert name in printed
+    assert not re.search(r"(src|href)=\"(?!data:)", page), "the page must load nothing"
+    scores = pq.read_table(tmp_path / "scores.parquet")
+    assert {"user", "request", "label_hide", "transact_save", "none_hide"} <= set(scores.column_names)
+    probability = torch.tensor(scores["transact_save"].to_pylist())
+    assert bool(((probability >= 0) & (probability <= 1)).all())
+
+
+TIMES = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 9), st.integers(0, 2)), min_size=1, max_size=12)
+
+
+@given(TIMES, st.lists(st.tuples(st.integers(0, 3), st.integers(-1, 11), st.integers(0, 2)), min_size=1, max_size=6))
+def test_what_is_known_is_strictly_earlier(
+    actions: list[tuple[int, int, int]], asked: list[tuple[int, int, int]]
+) -> None:
+    user, time, value = (torch.tensor(column) for column in zip(*actions, strict=True))
+    histories = Timelines.from_arrays(user=user, time=time, item=value, unit="s")
+    asked = [one for one in asked if one[0] in user.tolist()]
+    if not asked:
+        return
+    rows = histories.rows_of(torch.tensor([one[0] for one in asked]))
+    times, wanted = torch.tensor([one[1] for one in asked]), torch.tensor([one[2] for one in asked])
+    newest = newest_before(histories, rows, times)
+    values = histories.columns["item"]
+    ever = count_earlier(histories, values, rows, wanted, newest)
+    lately = count_earlier(histories, values, rows, wanted, newest, length=2)
+    for place, (who, now, what) in enumerate(asked):
+        earlier = sorted((-at for owner, at, _ in actions if owner == who and at < now))
+        start, end = int(newest[place]), int(histories.ends[rows[place]])
+        known = histories.columns["time"][start:end].tolist()
+        assert [-at for at in known] == earlier
+        assert int(ever[place]) == sum(owner == who and at < now and kind == what for owner, at, kind in actions)
+        assert int(lately[place]) == sum(kind == what for kind in values[start:end][:2].tolist())
+
+
+def with_other_future(data: RankingData, time: int) -> RankingData:
+    """The same data, but for everything that happened at or after a time."""
+    columns = data.histories.columns
+    later = columns["time"] >= time
+    other = {name: torch.where(later, columns[name].flip(0), columns[name]) for name in ("row", "action_type")}
+    return dataclasses.replace(data, histories=data.histories.with_columns(**other))
+
+
+def test_nothing_that_happens_from_the_request_on_reaches_its_features(data: RankingData) -> None:
+    cut = int(data.requests.time.median())
+    request = data.candidates.request
+    rows = torch.nonzero(data.requests.time[request] <= cut).squeeze(1)
+    other = with_other_future(data, cut)
+    assert not torch.equal(data.histories.columns["row"], other.histories.columns["row"])
+    for one, two in zip(Inputs(data, SMALL)(rows), Inputs(other, SMALL)(rows), strict=True):
+        assert torch.equal(one, two)
+    # The check can fail: let a request know its own outcome, as a sequence that is not frozen does.
+    late = dataclasses.replace(data.requests, newest=(data.requests.newest - 1).clamp(min=0))
+    leaking = dataclasses.replace(data, requests=late), dataclasses.replace(other, requests=late)
+    seen = [Inputs(each, SMALL)(rows) for each in leaking]
+    assert not torch.equal(seen[0].items, seen[1].items)
+    assert not torch.equal(seen[0].numeric, seen[1].numeric)
+
+
+def test_labels_reach_no_feature(data: RankingData) -> None:
+    flipped = dataclasses.replace(data.candidates, labels=1 - data.candidates.labels)
+    rows = torch.arange(200)
+    other = dataclasses.replace(data, candidates=flipped)
+    for one, two in zip(Inputs(data, SMALL)(rows), Inputs(other, SMALL)(rows), strict=True):
+        assert torch.equal(one, two)
+
+
+def test_parts_do_not_overlap_in_time(data: RankingData) -> None:
+    days = {name: data.requests.day[mask] for name, mask in data.parts.items()}
+    assert int(days["train"].max()) < int(days["choose"].min())
+    assert int(days["choose"].max()) < int(days["report"].min())
+
+
+@pytest.mark.parametrize("sequence", get_args(Sequence))
+def test_every_way_to_read_a_sequence_ignores_padding_and_answers_without_any_action(
+    data: RankingData, sequence: Sequence
+) -> None:
+    inputs = Inputs(data, SMALL)
+    torch.manual_seed(0)
+    ranker = Ranker(data, inputs, sequence, SMALL).eval()
+    batch = inputs(torch.arange(0, 400, 7))
+    some = batch.valid & (torch.rand(batch.valid.shape, generator=torch.Generator().manual_seed(1)) < 0.6)
+    some[:5] = False
+    with torch.no_grad():
+        logits = ranker(batch._replace(valid=some))
+        garbage = batch._replace(
+            valid=some,
+            items=torch.where(some, batch.items, 3),
+            types=torch.where(some, batch.types, 0),
+            times=torch.where(some, batch.times, 0),
+        )
+        assert logits.isfinite().all()
+        assert torch.equal(logits, ranker(garbage))
+        alone = ranker(Batch(*(part[:1] for part in garbage)))
+    # a product of one row sums in another order than one of many: float32 rounding of sums of a few hundred numbers
+    torch.testing.assert_close(alone, logits[:1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("share", [1.0, 0.25, 0.01])
+def test_probabilities_are_corrected_for_the_negatives_left_out(share: float) -> None:
+    # Of 1,000 rows 100 have an action: 30 a save, 20 of these and 70 others a click. A share of the other 900 is kept.
+    kept = 100 + 900 * share
+    sampled = torch.tensor([[30 / kept, 90 / kept, 100 / kept]], dtype=torch.float64)
+    torch.testing.assert_close(corrected(sampled, share), torch.tensor([[0.03, 0.09]], dtype=torch.float64))
+
+
+def test_training_repeats_itself(data: RankingData) -> None:
+    options = TrainOptions(epochs=1, batch_size=256)
+    one, two = (train(data, "transact", SMALL, options) for _ in range(2))
+    assert one.loss == two.loss
+    assert one.loss[-1] < one.loss[0]
+    rows = data.rows_of("report")[:50]
+    assert torch.equal(predict(one, rows), predict(two, rows))
+
+
+def test_counts_are_those_of_a_loop(data: RankingData) -> None:
+    counts = hand_made_counts(data, length=8)
+    histories, candidates = data.histories, data.candidates
+    for row in range(0, len(candidates.item), 997):
+        request = int(candidates.request[row])
+        start, end = int(data.requests.newest[request]), int(histories.ends[data.requests.user[request]])
+        items = histories.columns["row"][start:end][:8].tolist()
+        types = histories.columns["action_type"][start:end][:8].tolist()
+        item = int(candidates.item[row])
+        same = [int(data.topics[one]) == int(data.topics[item]) for one in items]
+        expected = [items.count(item), sum(same)]
+        for kind in range(data.num_action_types):
+            expected.append(types.count(kind))
+            expected.append(sum(which and each == kind for which, each in zip(same, types, strict=True)))
+            expected.append(sum(one == item and each == kind for one, each in zip(items, types, strict=True)))
+        torch.testing.assert_close(counts[row], torch.tensor(expected).float().log1p())
+
+
+def test_a_user_who_never_acts_is_counted(data: RankingData) -> None:
+    seen = recblocks.simulate(dataclasses.replace(recblocks.RESPONSIVE, num_users=60), seed=0)
+    silent = ~torch.isin(seen.requests["user"], seen.actions["user"])
+    assert data.notes[0].startswith(f"{int(silent.sum())} requests")
+    assert len(data.requests.user) == int((~silent).sum())
