@@ -33,9 +33,16 @@ def tests(session: nox.Session) -> None:
 
 @nox.session
 def demo(session: nox.Session) -> None:
-    """Train PinnerFormer on a year of shopping and judge it beside its baselines (about 4 minutes)."""
+    """Train PinnerFormer on a year of shopping and judge it beside its baselines (under 4 minutes)."""
     install(session, "examples")
     session.run("python", "-m", "examples.pinnerformer", *session.posargs, env=ONE_THREAD)
+
+
+@nox.session
+def ranking(session: nox.Session) -> None:
+    """Train the hybrid ranker with TransAct and without, and judge both on what stores promoted."""
+    install(session, "examples")
+    session.run("python", "-m", "examples.transact", *session.posargs, env=ONE_THREAD)
 
 
 @nox.session

@@ -25,11 +25,11 @@ class JourneyOptions:
 
     unbought: int = 60
     """Promoted products that were not bought, drawn for each basket."""
-    baskets: int | None = 12_000
+    baskets: int | None = 5_000
     """Training baskets, drawn at random; None: all."""
-    judged_baskets: int | None = 4_000
+    judged_baskets: int | None = 2_500
     """Baskets of each of the other parts."""
-    dim: int = 16
+    dim: int = 12
     """Width of each kind of item vector: co-purchase before the training weeks, words, and identity."""
     exposure_seed: int = 0
 
