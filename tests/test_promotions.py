@@ -13,6 +13,7 @@ import torch
 
 from recblocks import completejourney, completejourney_promotions
 from recblocks.timelines import _files, promotions
+from recblocks.timelines.ranges import expand_ranges
 from recblocks.timelines.sources import TEXT_FIELDS
 
 LINES = [  # household, store, basket, week, minute
@@ -116,7 +117,7 @@ def test_the_real_promotions_have_their_counts(tmp_path: pathlib.Path) -> None:
 
 
 def _keyed(found: promotions.Promotions) -> torch.Tensor:
-    """Each promotion as its shelf's first row, then its product."""
-    firsts = torch.unique(found.starts[found.starts < found.ends])
-    shelf = torch.searchsorted(firsts, torch.arange(len(found.items)), right=True) - 1
-    return (firsts[shelf] << 32) | found.items.long()
+    """Each promotion that a request met, ascending, as its shelf's first row and its product."""
+    shelves = torch.unique(torch.stack([found.starts, found.ends], 1)[found.starts < found.ends], dim=0)
+    shelf, row = expand_ranges(shelves[:, 0], shelves[:, 1])
+    return (shelves[shelf, 0] << 32) | found.items[row].long()
