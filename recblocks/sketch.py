@@ -22,7 +22,7 @@ _GOLDEN = 0x9E3779B97F4A7C15  # the increment and the two multipliers of splitmi
 _FIRST = 0xBF58476D1CE4E5B9
 _SECOND = 0x94D049BB133111EB
 _LOW_32 = (1 << 32) - 1
-_CHUNK = 1 << 16  # ids hashed at a time on a CPU, so that their hashes stay in cache
+_CHUNK = 5 << 16  # hashes at a time on a CPU, so that they stay in cache
 _PRECISION = 14  # log2 of HyperLogLog++'s registers: 16 KiB, a standard error of 0.8 %
 
 
@@ -179,18 +179,20 @@ class CountMinSketch(nn.Module):
         if counts is not None:
             is_float = isinstance(counts, Tensor) and counts.is_floating_point()
             (_checks.floating if is_float else _checks.integers)("counts", counts, *ids.shape)
+        self._check_device(ids)
         if not self.training:
             return
         if counts is not None and _checks.readable(counts) and counts.numel():
             self._check_counts(counts)
         ids, amounts = ids.flatten(), None if counts is None else _fixed_point(counts.flatten())
-        size = min(_CHUNK, ids.shape[0]) if _checks.readable(ids) else ids.shape[0]
-        added = torch.full((self.depth, size), _SIGHTING, device=ids.device)
-        for start in range(0, ids.shape[0], max(size, 1)):
-            buckets = self._buckets(ids[start : start + size])
-            if amounts is not None:
-                added[:, : buckets.shape[1]] = amounts[start : start + size]
-            self.pending.scatter_add_(1, buckets, added)  # on a CPU the threads share the rows
+        if _checks.readable(ids):
+            size = self._chunk_size(ids)
+            added = torch.full((self.depth, size), _SIGHTING)
+            for start in range(0, ids.shape[0], size):
+                some = slice(start, start + size)
+                self._add(ids[some], None if amounts is None else amounts[some], added)
+        else:
+            self._add(ids, amounts, torch.full((self.depth, ids.shape[0]), _SIGHTING, device=ids.device))
         self.pending_total.add_(ids.shape[0] * _SIGHTING if amounts is None else amounts.sum())
 
     def query(self, ids: Tensor) -> Tensor:
@@ -203,10 +205,11 @@ class CountMinSketch(nn.Module):
             (...) float64, between 0 and ``total``; whole counts are exact up to 2**46.
         """
         _checks.integers("ids", ids)
-        buckets = self._buckets(ids.flatten())
-        counters = self.synced.gather(1, buckets) + self.pending.gather(1, buckets)
-        smallest: Tensor = functools.reduce(torch.minimum, counters)  # amin(0) is 30 times slower on a CPU
-        return (smallest.double() / _SIGHTING).view(ids.shape)
+        self._check_device(ids)
+        flat = ids.flatten()
+        if _checks.readable(flat) and flat.shape[0] > (size := self._chunk_size(flat)):
+            return torch.cat([self._answer(some) for some in torch.split(flat, size)]).view(ids.shape)
+        return self._answer(flat).view(ids.shape)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Answer like `query`."""
@@ -285,6 +288,26 @@ class CountMinSketch(nn.Module):
         """Return each row's counter of each id, (depth, N)."""
         buckets = _numpy_buckets if _checks.readable(ids) else _torch_buckets
         return buckets(ids, self._offset, self._multipliers, self.width, self.depth)
+
+    def _add(self, ids: Tensor, amounts: Tensor | None, added: Tensor) -> None:
+        """Add amounts, or what stands in ``added`` (depth, at least N), which amounts overwrite."""
+        buckets = self._buckets(ids)
+        if amounts is not None:
+            added[:, : ids.shape[0]] = amounts
+        self.pending.scatter_add_(1, buckets, added)  # on a CPU the threads share the rows
+
+    def _answer(self, ids: Tensor) -> Tensor:
+        buckets = self._buckets(ids)
+        counters = self.synced.gather(1, buckets) + self.pending.gather(1, buckets)
+        smallest: Tensor = functools.reduce(torch.minimum, counters)  # amin(0) is 30 times slower on a CPU
+        return smallest.double() / _SIGHTING
+
+    def _chunk_size(self, ids: Tensor) -> int:
+        return max(1, min(ids.shape[0], _CHUNK // self.depth))
+
+    def _check_device(self, ids: Tensor) -> None:
+        if ids.device != self.pending.device:
+            raise ValueError(f"ids must be on {self.pending.device} like the sketch, got {ids.device}")
 
     def _check_counts(self, counts: Tensor) -> None:
         lowest, highest = counts.min().item(), counts.max().item()

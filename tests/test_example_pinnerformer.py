@@ -65,7 +65,7 @@ def test_the_command_trains_judges_and_reports(tmp_path: pathlib.Path, capsys: p
 
 def test_inference_writes_what_the_model_answers(data: Dataset, sizes: ModelOptions, tmp_path: pathlib.Path) -> None:
     trained = train(data, sizes, dataclasses.replace(OPTIONS, steps=2), path=tmp_path / "model.pt").model
-    time = data.cut - 80 * data.day  # early: some users have done nothing yet
+    time = data.cut + 7 * data.day
     where = ["--checkpoint", str(tmp_path / "model.pt"), "--out", str(tmp_path), "--time", str(time)]
     infer.main(tyro.cli(infer.InferOptions, args=["--data", "uniform", "--world-users", "80", *where]))
     users, items = (pq.read_table(tmp_path / f"{name}.parquet") for name in ("users", "items"))
@@ -74,7 +74,17 @@ def test_inference_writes_what_the_model_answers(data: Dataset, sizes: ModelOpti
     written = dict(zip(users["user"].to_pylist(), users["embedding"].to_pylist(), strict=True))
     whole = recblocks.simulate(dataclasses.replace(recblocks.UNIFORM, num_users=80), seed=0).actions
     assert set(written) == set(whole["user"][whole["time"] <= time].tolist())
-    assert len(written) < 80
+    assert bool(((whole["time"] > data.cut) & (whole["time"] <= time)).any())
+    with pytest.raises(ValueError, match="time must be at least"):
+        infer.main(infer.InferOptions(DataOptions(data="uniform", world_users=80), tmp_path / "model.pt", time=1))
+    for other in (
+        DataOptions(data="uniform", world_users=80, world_seed=1),
+        DataOptions(data="markov", world_users=80),
+    ):
+        with pytest.raises(ValueError, match=r"model\.pt was trained on .*'uniform'.*, got"):
+            infer.load_model(tmp_path / "model.pt", load(other))
+        with pytest.raises(ValueError, match="was trained with"):
+            train(load(other), sizes, OPTIONS, path=tmp_path / "model.pt", resume=True)
     rows = torch.arange(len(data.judged))
     expected = embed_users(
         trained, Histories(data.judged), rows, torch.full_like(rows, time), max_len=sizes.max_len, batch_size=1
@@ -208,7 +218,7 @@ def test_histories_find_the_newest_action_of_any_moment(data: Dataset) -> None:
 def tiny(judged: recblocks.Timelines) -> Dataset:
     content = torch.eye(4)
     return Dataset(
-        name="tiny", train=judged, judged=judged, content=content, identity_dim=4, items=torch.arange(4),
+        name="tiny", options={}, train=judged, judged=judged, content=content, identity_dim=4, items=torch.arange(4),
         topics=torch.arange(4), corpus=torch.tensor([0, 1, 2]), positive=lambda action: action["row"] >= 0,
         num_action_types=1, num_surfaces=1, cut=1000 * 86400, num_windows=1,
     )  # fmt: skip

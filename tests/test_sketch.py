@@ -14,6 +14,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+import recblocks.sketch as sketch_module
 from recblocks import CountMinSketch
 from recblocks.sketch import _count_distinct, _numpy_buckets, _torch_buckets
 
@@ -490,3 +491,55 @@ def test_a_refused_checkpoint_leaves_the_sketch_as_it_was():
     with pytest.raises(ValueError, match="got one of width=50, depth=3, seed=9"):
         outer.load_state_dict({f"inner.{name}": value for name, value in other.state_dict().items()})
     assert sketch.total == 5
+
+
+@pytest.mark.parametrize("method", ["update", "query"])
+def test_one_graph_serves_every_number_of_ids(method):
+    compiled = []
+
+    def backend(graph, _inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    sketch = CountMinSketch(5000, 3)
+    call = torch.compile(getattr(sketch, method), backend=backend, fullgraph=True, dynamic=True)
+    for size in range(5, 40, 2):
+        call(torch.arange(size))
+    assert len(compiled) == 1
+    truth = torch.tensor([float(sum(item < size for size in range(5, 40, 2))) for item in range(39)])
+    if method == "update":
+        assert torch.equal(sketch.query(torch.arange(39)), truth.double())
+
+
+def test_exports_for_any_number_of_ids():
+    class Counts(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.sketch = CountMinSketch(50, 3)
+
+        def forward(self, ids):
+            self.sketch.update(ids)
+            return self.sketch.query(ids)
+
+    exported = torch.export.export(Counts(), (torch.arange(6),), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+    assert exported.module()(torch.arange(9) // 3).tolist() == [3.0] * 9
+
+
+def test_ids_of_another_device_are_refused():
+    sketch = CountMinSketch(10, 2, device="meta")
+    for method in (sketch.update, sketch.query):
+        with pytest.raises(ValueError, match="ids must be on meta like the sketch, got cpu"):
+            method(torch.arange(3))
+
+
+@pytest.mark.parametrize("depth", [1, 5, 300])
+def test_a_chunk_holds_so_many_hashes_at_any_depth(depth, monkeypatch):
+    monkeypatch.setattr(sketch_module, "_CHUNK", 1000)
+    held = []
+    hashed = sketch_module._numpy_buckets
+    monkeypatch.setattr(sketch_module, "_numpy_buckets", lambda *args: held.append(hashed(*args)) or held[-1])
+    sketch = CountMinSketch(1_000_000 // depth, depth)
+    ids = torch.arange(2500) % 70
+    sketch.update(ids)
+    assert torch.equal(sketch.query(ids.view(50, 50)), ids.bincount().double()[ids].view(50, 50))
+    assert max(one.numel() for one in held) <= 1000

@@ -259,3 +259,11 @@ def test_bad_input_is_named(call, error, words):
         call()
     for word in words:
         assert word in str(caught.value)
+
+
+def test_a_module_made_in_inference_mode_loads_outside_of_it():
+    with torch.inference_mode():
+        module = LogPeriodicTimeEncoder([60.0])
+    other = LogPeriodicTimeEncoder([60.0])
+    module.load_state_dict(other.state_dict(), assign=True)
+    assert torch.equal(module(torch.tensor([7])), other(torch.tensor([7])))

@@ -7,9 +7,10 @@ import itertools
 import os
 import pathlib
 import sys
+import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 
 import torch
 import torch.distributed as dist
@@ -88,10 +89,17 @@ def _train_all(console: Console, data: Dataset, options: Options, *, jobs: int) 
         TimeRemainingColumn(),
         TextColumn("loss {task.fields[loss]:.3f}"),
     )
+    stopped = threading.Event()
     with Progress(*columns, console=console) as progress, ThreadPoolExecutor(jobs) as pool:
 
         def run(name: str, changed: TrainOptions) -> Trained:
             task = progress.add_task(name, total=changed.steps, loss=float("nan"))
+
+            def on_step(step: int, loss: float) -> None:
+                if stopped.is_set():
+                    raise CancelledError
+                progress.update(task, completed=step, loss=loss)
+
             return train(
                 data,
                 options.model,
@@ -99,11 +107,16 @@ def _train_all(console: Console, data: Dataset, options: Options, *, jobs: int) 
                 path=options.out / f"{name.lower().replace(', ', '-')}.pt",
                 resume=options.resume,
                 save_every=options.save_every,
-                on_step=lambda step, loss: progress.update(task, completed=step, loss=loss),
+                on_step=on_step,
             )
 
         running = {name: pool.submit(run, name, changed) for name, changed in _models(options)}
-        return {name: future.result() for name, future in running.items()}
+        try:
+            return {name: future.result() for name, future in running.items()}
+        except BaseException:  # Ctrl-C too: the others stop at their next step
+            stopped.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def _methods(data: Dataset, options: Options, models: dict[str, Trained]) -> Iterator[dict[str, evaluate.Method]]:

@@ -43,6 +43,8 @@ class Dataset:
     """Everything that training and evaluation need to know about some data."""
 
     name: str
+    options: dict[str, str | int | None]
+    """What was asked for; a checkpoint is good for the same alone."""
     train: Timelines
     judged: Timelines
     content: Tensor
@@ -84,6 +86,11 @@ def load(options: DataOptions) -> Dataset:
     return _simulated(options)
 
 
+def _described(options: DataOptions) -> dict[str, str | int | None]:
+    described = dataclasses.asdict(options)
+    return {name: value for name, value in described.items() if name != "cache"}
+
+
 def _split(timelines: Timelines, judged: str) -> tuple[Timelines, Timelines]:
     train, held_out = recblocks.split_by_user(timelines, held_out=0.2)
     if judged == "held_out":
@@ -103,6 +110,7 @@ def _simulated(options: DataOptions) -> Dataset:
     start, days = int(timelines.columns["time"].min()), 14 if options.judged == "held_out" else 28
     return Dataset(
         name=options.data,
+        options=_described(options),
         train=train,
         judged=judged,
         content=torch.nn.functional.pad(seen.items.embedding, (0, 2)),  # of equal length as they are
@@ -132,6 +140,7 @@ def _complete_journey(options: DataOptions) -> Dataset:
     _, topics = np.unique(source.item_text["product_category"], return_inverse=True)
     return Dataset(
         name="completejourney",
+        options=_described(options),
         train=train,
         judged=judged,
         content=content,

@@ -22,7 +22,7 @@ from recblocks import Timelines
 
 @dataclasses.dataclass(frozen=True)
 class InferOptions:
-    """Embed every user and every item of the corpus with a trained model."""
+    """Embed the users to train on and to judge, and the items to retrieve, with a trained model."""
 
     data: tyro.conf.OmitArgPrefixes[DataOptions] = dataclasses.field(default_factory=DataOptions)
     checkpoint: pathlib.Path = pathlib.Path("build/pinnerformer/pinnerformer.pt")
@@ -30,7 +30,8 @@ class InferOptions:
     out: pathlib.Path = pathlib.Path("build/pinnerformer")
     """Folder of users.parquet (user, embedding) and items.parquet (item, embedding)."""
     time: int | None = None
-    """Read actions up to this time, in the timelines' unit; default: the end of training."""
+    """Read users' actions up to this time, in the timelines' unit, not before the end of training, which is the
+    default. The items are those known at the end of training."""
     device: str = "cpu"
     threads: int = 1
     """CPU threads."""
@@ -43,6 +44,10 @@ def main(options: InferOptions) -> None:
     model, max_len = load_model(options.checkpoint, data)
     model.to(options.device)
     time = data.cut if options.time is None else options.time
+    if time < data.cut:
+        raise ValueError(
+            f"time must be at least {data.cut}: the items' content knows what happened by then, got {time}"
+        )
     ids, users, without = [], [], 0
     for timelines in (data.train, data.judged):
         histories, rows = Histories(timelines), torch.arange(len(timelines))
@@ -60,6 +65,9 @@ def main(options: InferOptions) -> None:
 def load_model(path: pathlib.Path, data: Dataset) -> tuple[PinnerFormer, int]:
     """The model of a checkpoint, and how many of a user's newest actions it reads."""
     state = checkpoint.load(path)
+    trained_on = {name: state["options"].get(name) for name in data.options}
+    if trained_on != data.options:
+        raise ValueError(f"{path} was trained on {trained_on}, got {data.options}")
     names = [field.name for field in dataclasses.fields(ModelOptions)]
     sizes = ModelOptions(**{name: state["options"][name] for name in names})
     model = build_model(data, sizes)
@@ -69,7 +77,9 @@ def load_model(path: pathlib.Path, data: Dataset) -> tuple[PinnerFormer, int]:
 
 def _write(path: pathlib.Path, name: str, ids: Tensor, embedded: Tensor) -> None:
     vectors = pa.FixedSizeListArray.from_arrays(pa.array(embedded.flatten().numpy()), embedded.shape[1])
-    pq.write_table(pa.table({name: pa.array(ids.numpy()), "embedding": vectors}), path)
+    partial = path.with_suffix(".partial")
+    pq.write_table(pa.table({name: pa.array(ids.numpy()), "embedding": vectors}), partial)
+    partial.replace(path)
 
 
 class Histories:

@@ -100,7 +100,7 @@ def train(
     sketch = CountMinSketch(width=1 << 17, depth=4).to(device)
     batches = _batches(data, sizes, options)
     state: dict[str, Any] = {"step": 0, "loss": [], "temperature": []}
-    described = _described(sizes, options)
+    described = _described(data, sizes, options)
     if resume and path is not None and path.exists():
         state = checkpoint.load(path)
         if state["options"] != described:
@@ -267,9 +267,9 @@ def _schedule(step: int, options: TrainOptions) -> float:
     return min(1.0, (step + 1) / options.warmup) * (0.02 + 0.98 * cosine)
 
 
-def _described(sizes: ModelOptions, options: TrainOptions) -> dict[str, Any]:
+def _described(data: Dataset, sizes: ModelOptions, options: TrainOptions) -> dict[str, Any]:
     """What a checkpoint must agree with; where it runs may differ."""
-    described = dataclasses.asdict(sizes) | dataclasses.asdict(options)
+    described = data.options | dataclasses.asdict(sizes) | dataclasses.asdict(options)
     return {name: value for name, value in described.items() if name not in ("device", "compile")}
 
 

@@ -146,7 +146,7 @@ class LogPeriodicTimeEncoder(nn.Module):
 
     def reset_parameters(self) -> None:
         """Fill the phase with zeros and the buffer from the periods."""
-        self._fill_frequencies()
+        self._fill_frequencies(self.frequencies.device)
         if self.phase is not None:
             nn.init.zeros_(self.phase)
 
@@ -155,9 +155,9 @@ class LogPeriodicTimeEncoder(nn.Module):
         _checks.tensor("t", t, dtype=(torch.int64, torch.float64))
         return _encode(t, self.frequencies, self.phase, self.unit)
 
-    def _fill_frequencies(self) -> None:
+    def _fill_frequencies(self, device: torch.device) -> None:
         values = _fixed_point_frequencies(self.periods, self.unit)
-        self.frequencies.copy_(torch.tensor(values, dtype=torch.int64))
+        self.frequencies = torch.tensor(values, dtype=torch.int64, device=device)
 
     def extra_repr(self) -> str:
         """Show what was asked for."""
@@ -168,9 +168,7 @@ def _fill_after_loading(module: nn.Module, _incompatible_keys: object) -> None:
     """Compute the frequencies, on the CPU or where the phase is if they were left on the meta device."""
     assert isinstance(module, LogPeriodicTimeEncoder)
     device = torch.device("cpu") if module.phase is None else module.phase.device
-    if module.frequencies.is_meta and device.type != "meta":
-        module.frequencies = torch.empty_like(module.frequencies, device=device)
-    module._fill_frequencies()
+    module._fill_frequencies(device if module.frequencies.is_meta else module.frequencies.device)
 
 
 def _as_floats(periods: Periods) -> list[float]:
