@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ _GOLDEN = 0x9E3779B97F4A7C15  # the increment and the two multipliers of splitmi
 _FIRST = 0xBF58476D1CE4E5B9
 _SECOND = 0x94D049BB133111EB
 _LOW_32 = (1 << 32) - 1
-_CHUNK = 5 << 16  # hashes at a time on a CPU, so that they stay in cache
+_CHUNK = 5 << 14  # hashes at a time on a CPU, so that they stay in cache
 _PRECISION = 14  # log2 of HyperLogLog++'s registers: 16 KiB, a standard error of 0.8 %
 
 
@@ -80,8 +81,8 @@ class CountMinSketch(nn.Module):
             raise ValueError(f"seed must be from 0 to 2**63 - 1, got {seed}")
         self.width, self.depth, self.seed = width, depth, seed
         self.register_load_state_dict_pre_hook(_refuse_others)  # type: ignore[no-untyped-call]
-        self._offset = _signed(_splitmix(seed, 0))
-        self._multipliers = [_signed(_splitmix(seed, row + 1) | 1) for row in range(0, depth, 2)]
+        multipliers = [_signed(_splitmix(seed, row + 1) | 1) for row in range(0, depth, 2)]
+        self._hash = _signed(_splitmix(seed, 0)), multipliers, width, depth
         for part in ("synced", "pending"):
             self.register_buffer(part, torch.zeros(depth, width, dtype=torch.int64, device=device))
             self.register_buffer(f"{part}_total", torch.zeros((), dtype=torch.int64, device=device))
@@ -188,11 +189,16 @@ class CountMinSketch(nn.Module):
         if _checks.readable(ids):
             size = self._chunk_size(ids)
             added = torch.full((self.depth, size), _SIGHTING)
+            hashed = np.empty((self.depth, size), np.uint64)  # one for all chunks: fresh memory costs more than hashing
             for start in range(0, ids.shape[0], size):
                 some = slice(start, start + size)
-                self._add(ids[some], None if amounts is None else amounts[some], added)
+                buckets = _numpy_buckets(ids[some], *self._hash, out=hashed)
+                if amounts is not None:
+                    added[:, : buckets.shape[1]] = amounts[some]
+                self.pending.scatter_add_(1, buckets, added)  # the threads share the rows
         else:
-            self._add(ids, amounts, torch.full((self.depth, ids.shape[0]), _SIGHTING, device=ids.device))
+            one = torch.full_like(ids, _SIGHTING) if amounts is None else amounts
+            self.pending.scatter_add_(1, _torch_buckets(ids, *self._hash), one.expand(self.depth, -1))
         self.pending_total.add_(ids.shape[0] * _SIGHTING if amounts is None else amounts.sum())
 
     def query(self, ids: Tensor) -> Tensor:
@@ -284,20 +290,8 @@ class CountMinSketch(nn.Module):
         """Name the shape and the seed."""
         return f"width={self.width}, depth={self.depth}, seed={self.seed}"
 
-    def _buckets(self, ids: Tensor) -> Tensor:
-        """Return each row's counter of each id, (depth, N)."""
-        buckets = _numpy_buckets if _checks.readable(ids) else _torch_buckets
-        return buckets(ids, self._offset, self._multipliers, self.width, self.depth)
-
-    def _add(self, ids: Tensor, amounts: Tensor | None, added: Tensor) -> None:
-        """Add amounts, or what stands in ``added`` (depth, at least N), which amounts overwrite."""
-        buckets = self._buckets(ids)
-        if amounts is not None:
-            added[:, : ids.shape[0]] = amounts
-        self.pending.scatter_add_(1, buckets, added)  # on a CPU the threads share the rows
-
     def _answer(self, ids: Tensor) -> Tensor:
-        buckets = self._buckets(ids)
+        buckets = (_numpy_buckets if _checks.readable(ids) else _torch_buckets)(ids, *self._hash)
         counters = self.synced.gather(1, buckets) + self.pending.gather(1, buckets)
         smallest: Tensor = functools.reduce(torch.minimum, counters)  # amin(0) is 30 times slower on a CPU
         return smallest.double() / _SIGHTING
@@ -365,14 +359,21 @@ def _torch_buckets(ids: Tensor, offset: int, multipliers: list[int], width: int,
     return torch.stack(hashed[:depth]).mul_(width).bitwise_right_shift_(32)
 
 
-def _numpy_buckets(ids: Tensor, offset: int, multipliers: list[int], width: int, depth: int) -> Tensor:
+def _numpy_buckets(
+    ids: Tensor,
+    offset: int,
+    multipliers: list[int],
+    width: int,
+    depth: int,
+    out: npt.NDArray[np.uint64] | None = None,
+) -> Tensor:
     """Hash to the same buckets on a CPU, 2.5 times faster: numpy has unsigned shifts and cheaper calls."""
     half = np.uint64(32)
     mixed = ids.numpy().view(np.uint64) + np.uint64(offset % (1 << 64))
     mixed ^= mixed >> half
     mixed *= np.uint64(_FIRST)
     mixed ^= mixed >> np.uint64(29)
-    hashed = np.empty((depth, len(mixed)), np.uint64)
+    hashed = np.empty((depth, len(mixed)), np.uint64) if out is None else out[:, : len(mixed)]
     for row in range(0, depth, 2):
         product = mixed * np.uint64(multipliers[row // 2] % (1 << 64))
         np.right_shift(product, half, out=hashed[row])

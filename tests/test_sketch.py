@@ -105,7 +105,7 @@ def test_structured_ids_spread_like_random_ones(ids, seed):
     # Chi-square over k cells has mean k - 1 and variance 2(k - 1): 5 standard deviations above are for one in 10^6.
     width, depth = 997, 4
     sketch = CountMinSketch(width, depth, seed=seed)
-    rows = torch.stack(list(sketch._buckets(ids)))
+    rows = _torch_buckets(ids, *sketch._hash)
     mean = len(ids) / width
     for row in rows:
         chi_square = ((torch.bincount(row, minlength=width) - mean) ** 2).sum().item() / mean
@@ -169,7 +169,7 @@ def test_ids_beyond_one_chunk_are_all_counted(counts):
 @given(ids=st.lists(IDS), shape=SHAPES, seed=st.integers(0, HIGHEST))
 def test_torch_and_numpy_hash_to_the_same_buckets(ids, shape, seed):
     sketch = CountMinSketch(*shape, seed=seed)
-    arguments = (torch.tensor(ids, dtype=torch.int64), sketch._offset, sketch._multipliers, *shape)
+    arguments = (torch.tensor(ids, dtype=torch.int64), *sketch._hash)
     for a, b in zip(_torch_buckets(*arguments), _numpy_buckets(*arguments), strict=True):
         assert torch.equal(a, b)
 
@@ -537,7 +537,9 @@ def test_a_chunk_holds_so_many_hashes_at_any_depth(depth, monkeypatch):
     monkeypatch.setattr(sketch_module, "_CHUNK", 1000)
     held = []
     hashed = sketch_module._numpy_buckets
-    monkeypatch.setattr(sketch_module, "_numpy_buckets", lambda *args: held.append(hashed(*args)) or held[-1])
+    monkeypatch.setattr(
+        sketch_module, "_numpy_buckets", lambda *args, **named: held.append(hashed(*args, **named)) or held[-1]
+    )
     sketch = CountMinSketch(1_000_000 // depth, depth)
     ids = torch.arange(2500) % 70
     sketch.update(ids)

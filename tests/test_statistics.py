@@ -153,3 +153,13 @@ def test_bad_input(call, error, words):
         call()
     for word in words:
         assert word in str(caught.value)
+
+
+def test_only_the_shares_of_the_weights_matter() -> None:
+    values = torch.tensor([0.1, 0.7, 0.4, 0.9], dtype=torch.float64)
+    weights = torch.tensor([1.0, 4.0, 2.0, 1.0], dtype=torch.float64)
+    small, huge = (
+        bootstrap_mean(values, weights=weights * scale, num_resamples=50, generator=torch.Generator().manual_seed(0))
+        for scale in (1.0, 2.0**1021)
+    )
+    assert small == huge

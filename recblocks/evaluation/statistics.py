@@ -155,7 +155,7 @@ def _counts(weights: Tensor, present: Tensor) -> Tensor:
     counts = weights.double().masked_fill(~present, 0.0)
     if _checks.readable(counts) and not bool(counts.any(0).all()):
         raise ValueError("weights must be above 0 somewhere in every column, got a column of zeros")
-    return counts
+    return counts / counts.amax(0)  # only shares matter, and sums of huge weights would overflow
 
 
 def _resampled_means(values: Tensor, counts: Tensor, num_resamples: int, generator: torch.Generator | None) -> Tensor:
