@@ -9,8 +9,10 @@ import pathlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from torch import Tensor
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
@@ -70,6 +72,31 @@ def empty_plot(x: str, y: str) -> tuple[Figure, Axes]:
 def legend(drawn: Axes) -> None:
     """Name the lines beside the plot."""
     drawn.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+
+
+def line(drawn: Axes, number: int, x: Sequence[float] | Tensor, y: Tensor, name: str, **style: object) -> None:
+    """The number-th line of a plot; the first one stands out."""
+    drawn.plot(
+        x,
+        y,
+        color=f"C{number % 10}",
+        linestyle="-" if number < 10 else "--",
+        linewidth=2.5 if number == 0 else 1.3,
+        label=name,
+        **style,
+    )
+
+
+def curves(values: dict[str, list[float]], name: str) -> Figure:
+    """What became of a number in training, by model: means of 20 steps."""
+    figure, drawn = empty_plot("step", name)
+    for number, (label, curve) in enumerate(values.items()):
+        if curve:
+            blocks = torch.tensor(curve).split(20)
+            steps = torch.tensor([len(block) for block in blocks]).cumsum(0)
+            line(drawn, number, steps, torch.stack([block.mean() for block in blocks]), label)
+    legend(drawn)
+    return figure
 
 
 def _table(table: Table) -> str:

@@ -7,22 +7,21 @@ import itertools
 import os
 import pathlib
 import sys
-import threading
 import time
-from collections.abc import Iterator
-from concurrent.futures import CancelledError, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.distributed as dist
 import tyro
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import recblocks
 from examples.pinnerformer import baselines, evaluate, report
 from examples.pinnerformer.data import DataOptions, Dataset, load
 from examples.pinnerformer.model import ModelOptions
 from examples.pinnerformer.train import Trained, TrainOptions, train
+from examples.side_by_side import OnStep, train_side_by_side
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,41 +81,18 @@ def _models(options: Options) -> Iterator[tuple[str, TrainOptions]]:
 
 
 def _train_all(console: Console, data: Dataset, options: Options, *, jobs: int) -> dict[str, Trained]:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("loss {task.fields[loss]:.3f}"),
-    )
-    stopped = threading.Event()
-    with Progress(*columns, console=console) as progress, ThreadPoolExecutor(jobs) as pool:
+    def training(name: str, changed: TrainOptions) -> Callable[[OnStep], Trained]:
+        return lambda on_step: train(
+            data,
+            options.model,
+            changed,
+            path=options.out / f"{name.lower().replace(', ', '-')}.pt",
+            resume=options.resume,
+            save_every=options.save_every,
+            on_step=lambda step, loss: on_step(step, changed.steps, loss),
+        )
 
-        def run(name: str, changed: TrainOptions) -> Trained:
-            task = progress.add_task(name, total=changed.steps, loss=float("nan"))
-
-            def on_step(step: int, loss: float) -> None:
-                if stopped.is_set():
-                    raise CancelledError
-                progress.update(task, completed=step, loss=loss)
-
-            return train(
-                data,
-                options.model,
-                changed,
-                path=options.out / f"{name.lower().replace(', ', '-')}.pt",
-                resume=options.resume,
-                save_every=options.save_every,
-                on_step=on_step,
-            )
-
-        running = {name: pool.submit(run, name, changed) for name, changed in _models(options)}
-        try:
-            return {name: future.result() for name, future in running.items()}
-        except BaseException:  # Ctrl-C too: the others stop at their next step
-            stopped.set()
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    return train_side_by_side(console, {name: training(name, each) for name, each in _models(options)}, jobs=jobs)
 
 
 def _methods(data: Dataset, options: Options, models: dict[str, Trained]) -> Iterator[dict[str, evaluate.Method]]:

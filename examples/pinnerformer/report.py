@@ -8,13 +8,12 @@ from collections.abc import Sequence
 
 import rich.table
 import torch
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
 from torch import Tensor
 
 import recblocks
-from examples.page import Table, empty_plot, legend, write_page
+from examples.page import Table, curves, empty_plot, legend, line, write_page
 from examples.pinnerformer.data import Dataset
 from examples.pinnerformer.evaluate import LIST, Judged, K
 from recblocks import Interval
@@ -126,28 +125,16 @@ def plots(
     if judged[0].recall.shape[1] > 1:
         figures = {f"Recall@{K} by window": _windows(judged)} | figures
     figures["Coverage: how few items account for the lists"] = _coverage(data, judged)
-    figures["Loss, mean of 20 steps"] = _curves(loss, "loss")
-    figures["Learned temperature"] = _curves(temperature, "temperature")
+    figures["Loss, mean of 20 steps"] = curves(loss, "loss")
+    figures["Learned temperature"] = curves(temperature, "temperature")
     return figures
-
-
-def _line(axes: Axes, number: int, x: Sequence[float] | Tensor, y: Tensor, name: str, **style: object) -> None:
-    axes.plot(
-        x,
-        y,
-        color=f"C{number % 10}",
-        linestyle="-" if number < 10 else "--",
-        linewidth=2.5 if number == 0 else 1.3,
-        label=name,
-        **style,
-    )
 
 
 def _windows(judged: Sequence[Judged]) -> Figure:
     figure, axes = empty_plot("window of 14 days after the cut", f"Recall@{K}")
     for number, one in enumerate(judged):
         means = (one.recall * one.present).sum(0) / one.present.sum(0)
-        _line(axes, number, range(1, len(means) + 1), means, one.name, marker="o", markersize=3)
+        line(axes, number, range(1, len(means) + 1), means, one.name, marker="o", markersize=3)
     axes.set_ylim(bottom=0)
     legend(axes)
     return figure
@@ -161,7 +148,7 @@ def _activity(data: Dataset, judged: Sequence[Judged]) -> Figure:
     middles = [max(1.0, float(actions[group].float().median())) for group in groups]
     for number, one in enumerate(judged):
         means = [_mean_of(one, group) for group in groups]
-        _line(axes, number, middles, torch.tensor(means), one.name, marker="o", markersize=3)
+        line(axes, number, middles, torch.tensor(means), one.name, marker="o", markersize=3)
     axes.set_xscale("log")
     axes.set_xticks(middles, [f"{middle:.0f}" for middle in middles])
     axes.minorticks_off()
@@ -183,19 +170,8 @@ def _coverage(data: Dataset, judged: Sequence[Judged]) -> Figure:
         shown = one.lists.items[:, :K][one.lists.valid[:, :K]]
         counts = torch.unique(shown, return_counts=True)[1].sort(descending=True).values.cumsum(0)
         share = torch.arange(1, len(counts) + 1) / len(data.corpus)
-        _line(axes, number, share, counts / counts[-1], one.name)
+        line(axes, number, share, counts / counts[-1], one.name)
     axes.axhline(0.9, color="#888", linewidth=0.8, linestyle=":")
     axes.set_xscale("log")
-    legend(axes)
-    return figure
-
-
-def _curves(values: dict[str, list[float]], name: str) -> Figure:
-    figure, axes = empty_plot("step", name)
-    for number, (label, curve) in enumerate(values.items()):
-        if curve:
-            blocks = torch.tensor(curve).split(20)
-            steps = torch.tensor([len(block) for block in blocks]).cumsum(0)
-            _line(axes, number, steps, torch.stack([block.mean() for block in blocks]), label)
     legend(axes)
     return figure

@@ -9,7 +9,7 @@ import dataclasses
 import pathlib
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from typing import Literal
 
 import pyarrow as pa
@@ -17,9 +17,9 @@ import pyarrow.parquet as pq
 import torch
 import tyro
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from examples.side_by_side import OnStep, train_side_by_side
 from examples.transact import journey, kuairand, report, world
 from examples.transact.data import RankingData, count_earlier
 from examples.transact.evaluate import Judged, Jury
@@ -70,8 +70,9 @@ def main(options: Options) -> None:
     write_scores(options.out / "scores.parquet", jury, judged)
     notes = [*data.notes, f"Took {time.monotonic() - began:.0f} s."]
     losses = {name: ranker.loss for name, ranker in trained.items()}
-    report.show(console, jury, judged, notes)
-    report.write(options.out / "report.html", jury, judged, losses, notes)
+    tables = report.tables(jury, judged)
+    report.show(console, tables, notes)
+    report.write(options.out / "report.html", data.name, tables, report.plots(jury, judged, losses), notes)
     console.print(f"Wrote {options.out / 'report.html'} and {options.out / 'scores.parquet'}")
 
 
@@ -86,25 +87,11 @@ def load(options: Options) -> RankingData:
 
 def train_all(console: Console, data: RankingData, options: Options) -> dict[str, Trained]:
     """Every ranker that was asked for, some of them at once."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("loss {task.fields[loss]:.4f}"),
-    )
-    with Progress(*columns, console=console) as progress, ThreadPoolExecutor(options.jobs) as pool:
 
-        def run(sequence: Sequence) -> Trained:
-            task = progress.add_task(sequence, total=None, loss=float("nan"))
+    def training(sequence: Sequence) -> Callable[[OnStep], Trained]:
+        return lambda on_step: train(data, sequence, options.model, options.train, on_step=on_step)
 
-            def on_step(step: int, steps: int, loss: float) -> None:
-                progress.update(task, completed=step, total=steps, loss=loss)
-
-            return train(data, sequence, options.model, options.train, on_step=on_step)
-
-        running = {sequence: pool.submit(run, sequence) for sequence in options.models}
-        return {sequence: future.result() for sequence, future in running.items()}
+    return train_side_by_side(console, {each: training(each) for each in options.models}, jobs=options.jobs)
 
 
 def rules(data: RankingData, rows: Tensor, options: Options) -> dict[str, Tensor]:

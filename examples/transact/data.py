@@ -7,6 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from examples.pinnerformer.infer import Histories
 from recblocks import Timelines
 
 
@@ -80,58 +81,50 @@ class RankingData:
 
 def newest_before(histories: Timelines, rows: Tensor, times: Tensor) -> Tensor:
     """(R,) index of each user's newest action strictly before a time; the end of their actions where there is none."""
-    row, index = histories.actions()
-    time = histories.columns["time"][index]
-    low = int(torch.minimum(time.min(), times.min())) - 1
-    bits = (int(torch.maximum(time.max(), times.max())) - low).bit_length()
-    key = (row << bits) | ((1 << bits) - 1 - (time - low))  # ascending: by user, then from the newest to the oldest
-    wanted = (rows << bits) | ((1 << bits) - 1 - (times - low))
-    before = torch.searchsorted(key, wanted, right=True)  # actions at the very time of the request are not before it
-    counts = histories.ends - histories.starts
-    first = counts.cumsum(0) - counts
-    return histories.starts[rows] + before - first[rows]
+    return Histories(histories).newest(rows, times - 1)
 
 
 def count_earlier(
     histories: Timelines, values: Tensor, users: Tensor, wanted: Tensor, newest: Tensor, *, length: int | None = None
 ) -> Tensor:
-    """(N,) how many of a user's actions from ``newest`` on (of the next ``length``) have the wanted value.
+    """How many of a user's actions from ``newest`` on (of the next ``length``) have each wanted value.
 
     Args:
         histories: whose actions.
         values: (A,) codes from 0 of every action.
-        users, wanted, newest: (N,) of each question.
+        users, newest: (N,) of each question.
+        wanted: (N,) or (N, K) values asked for; the answers have its shape.
         length: so many newest actions; None: all of them.
     """
     row, index = histories.actions()
     bits = int(len(values) + (length or 0)).bit_length()
     num_values = int(torch.maximum(values.max(), wanted.max())) + 1
     key = (((row * num_values + values[index]) << bits) | index).sort().values
-    pair = (users * num_values + wanted) << bits
     last = histories.ends[users] if length is None else torch.minimum(newest + length, histories.ends[users])
+    if wanted.ndim == 2:
+        users, newest, last = users[:, None], newest[:, None], last[:, None]
+    pair = (users * num_values + wanted) << bits
     return torch.searchsorted(key, pair | last) - torch.searchsorted(key, pair | newest)
 
 
 def hand_made_counts(data: RankingData, *, length: int | None = 50) -> Tensor:
     """(N, F) log1p of how often the user met the item, its topic, and each action type, before the request."""
     histories, candidates, requests = data.histories, data.candidates, data.requests
-    user, newest = requests.user[candidates.request], requests.newest[candidates.request]
     items, types = histories.columns["row"].long(), histories.columns["action_type"].long()
-    topics = data.topics[items]
-    mine = data.topics[candidates.item]
-    kinds = data.num_action_types
-    columns = [
-        count_earlier(histories, items, user, candidates.item, newest, length=length),
-        count_earlier(histories, topics, user, mine, newest, length=length),
+    topics, mine = data.topics[items], data.topics[candidates.item]
+    kinds, kind = data.num_action_types, torch.arange(data.num_action_types)
+
+    def counts(values: Tensor, wanted: Tensor) -> Tensor:
+        user, newest = requests.user[candidates.request], requests.newest[candidates.request]
+        return count_earlier(histories, values, user, wanted, newest, length=length)
+
+    met = torch.stack([counts(items, candidates.item), counts(topics, mine)], 1)
+    by_type = [
+        counts(types, kind.expand(len(mine), -1)),
+        counts(topics * kinds + types, mine[:, None] * kinds + kind),
+        counts(items * kinds + types, candidates.item[:, None] * kinds + kind),
     ]
-    for kind in range(kinds):
-        wanted = torch.full_like(user, kind)
-        columns.append(count_earlier(histories, types, user, wanted, newest, length=length))
-        pairs = topics * kinds + types
-        columns.append(count_earlier(histories, pairs, user, mine * kinds + kind, newest, length=length))
-        pairs = items * kinds + types
-        columns.append(count_earlier(histories, pairs, user, candidates.item * kinds + kind, newest, length=length))
-    return torch.stack(columns, 1).float().log1p()
+    return torch.cat([met, torch.stack(by_type, 2).flatten(1)], 1).float().log1p()
 
 
 def sampling_chance(labels: Tensor, share: float) -> Tensor:

@@ -76,8 +76,12 @@ class Jury:
             self._mean(judged.hits[:, head] / self.num_requests, self.num_requests),
             recblocks.auc_bootstrap(scores, labels, self.user, num_resamples=300, generator=seeded()),
             self._mean(inside.value, inside.num_chunks.double()),
-            recblocks.calibration(scores, labels) if judged.is_model else None,
+            self.calibration(judged, head) if judged.is_model else None,
         )
+
+    def calibration(self, judged: Judged, head: int) -> Calibration:
+        """One head's predicted and observed rates."""
+        return recblocks.calibration(judged.probabilities[:, head], self.labels[:, head])
 
     def less(self, one: Judged, other: Judged, head: int) -> tuple[Interval, Interval, Interval]:
         """HIT@3, AUC and AUC within requests of one less the other's, over the same users."""

@@ -104,8 +104,7 @@ class _Bought(NamedTuple):
 def _bought(histories: Timelines, promotions: Promotions) -> _Bought:
     _, index = histories.actions()
     lines = histories.gather(index, ("row", "basket", "quantity", "action_type"))
-    order = promotions.requests["basket"].argsort()
-    request = order[torch.searchsorted(promotions.requests["basket"][order], lines["basket"])]
+    request = _request_of(promotions, lines["basket"])
     num = len(promotions.products)
     pairs, which = torch.unique(request * num + lines["row"], return_inverse=True)
     request, item = pairs // num, pairs % num
@@ -115,11 +114,16 @@ def _bought(histories: Timelines, promotions: Promotions) -> _Bought:
     return _Bought(request, item, labels, _promotion_of(promotions, request, item))
 
 
+def _request_of(promotions: Promotions, baskets: Tensor) -> Tensor:
+    """The row of each basket among the requests."""
+    order = promotions.requests["basket"].argsort()
+    return order[torch.searchsorted(promotions.requests["basket"][order], baskets)]
+
+
 def _promotion_of(promotions: Promotions, request: Tensor, item: Tensor) -> Tensor:
     """(B,) the row of each request's promotion of an item, -1 where there is none."""
     low, high = promotions.starts[request], promotions.ends[request]
     wanted = promotions.products[item].int()
-    first = low.clone()
     left, right = low, high
     for _ in range(int((high - low).max()).bit_length()):
         middle = (left + right) >> 1
@@ -179,9 +183,7 @@ def _draw_candidates(
 def _popularity(histories: Timelines, promotions: Promotions, week: Tensor, item: Tensor) -> Tensor:
     """(N, 2) log1p of an item's purchases in the week, and in the four weeks, before the given one."""
     _, index = histories.actions()
-    order = promotions.requests["basket"].argsort()
-    basket = histories.columns["basket"][index]
-    bought_in = promotions.requests["week"][order[torch.searchsorted(promotions.requests["basket"][order], basket)]]
+    bought_in = promotions.requests["week"][_request_of(promotions, histories.columns["basket"][index])]
     num = len(promotions.products)
     flat = torch.bincount(bought_in * num + histories.columns["row"][index], minlength=54 * num)
     until = flat.view(-1, num).cumsum(0)

@@ -6,18 +6,17 @@ import pathlib
 from collections.abc import Sequence
 
 import rich.table
-import torch
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from examples.page import Table, empty_plot, legend, write_page
+from examples.page import Table, curves, empty_plot, legend, write_page
 from examples.transact.evaluate import Judged, Jury, K
 from recblocks import Interval
 
 
-def show(console: Console, jury: Jury, judged: Sequence[Judged], notes: Sequence[str]) -> None:
+def show(console: Console, tables: Sequence[Table], notes: Sequence[str]) -> None:
     """Print the tables."""
-    for table in tables(jury, judged):
+    for table in tables:
         printed = rich.table.Table(title=table.title)
         for place, heading in enumerate(table.headings):
             printed.add_column(heading, justify="left" if place == 0 else "right")
@@ -29,19 +28,19 @@ def show(console: Console, jury: Jury, judged: Sequence[Judged], notes: Sequence
 
 
 def write(
-    path: pathlib.Path,
-    jury: Jury,
-    judged: Sequence[Judged],
-    losses: dict[str, list[float]],
-    notes: Sequence[str],
+    path: pathlib.Path, name: str, tables: Sequence[Table], figures: dict[str, Figure], notes: Sequence[str]
 ) -> None:
     """Write the page."""
+    write_page(path, f"Rankers on {name}", tables, notes, figures)
+
+
+def plots(jury: Jury, judged: Sequence[Judged], losses: dict[str, list[float]]) -> dict[str, Figure]:
+    """All plots by caption."""
     figures = {
         f"Calibration of {head}: observed against predicted, ten bins": _calibration(jury, judged, place)
         for place, head in enumerate(jury.data.heads)
     }
-    figures["Loss, mean of 20 steps"] = _losses(losses)
-    write_page(path, f"Rankers on {jury.data.name}", tables(jury, judged), notes, figures)
+    return figures | {"Loss, mean of 20 steps": curves(losses, "loss")}
 
 
 def tables(jury: Jury, judged: Sequence[Judged]) -> list[Table]:
@@ -82,20 +81,9 @@ def _calibration(jury: Jury, judged: Sequence[Judged], head: int) -> Figure:
     for one in judged:
         if not one.is_model:
             continue
-        found = jury.head(one, head).calibration
-        assert found is not None
+        found = jury.calibration(one, head)
         axes.plot(found.predicted, found.observed, marker="o", markersize=3, label=one.name)
         most = max(most, float(found.predicted.max()), float(found.observed.max()))
     axes.plot([0, most], [0, most], color="#888", linewidth=0.8, linestyle=":")
-    legend(axes)
-    return figure
-
-
-def _losses(losses: dict[str, list[float]]) -> Figure:
-    figure, axes = empty_plot("step", "loss")
-    for name, curve in losses.items():
-        blocks = torch.tensor(curve).split(20)
-        steps = torch.tensor([len(block) for block in blocks]).cumsum(0)
-        axes.plot(steps, torch.stack([block.mean() for block in blocks]), label=name)
     legend(axes)
     return figure

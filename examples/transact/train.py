@@ -73,15 +73,15 @@ def train(
     generator = torch.Generator().manual_seed(options.seed)
     windows = torch.Generator(device).manual_seed(options.seed)
     rows = data.rows_of("train")
-    labels = data.candidates.labels[rows]
-    steps_an_epoch = math.ceil(float(sampling_chance(labels, options.negative_share).sum()) / options.batch_size)
+    chance = sampling_chance(data.candidates.labels[rows], options.negative_share)
+    steps_an_epoch = math.ceil(float(chance.sum()) / options.batch_size)
     steps = steps_an_epoch * options.epochs
     optimizer = torch.optim.AdamW(ranker.parameters(), lr=options.learning_rate, weight_decay=1e-4)
-    matrix, base = _label_weights(data, options)
+    matrix, base = (weights.to(device) for weights in _label_weights(data, options))
     trained = Trained(ranker, inputs, options.negative_share, [])
     ranker.train()
     for epoch in range(options.epochs):
-        kept = torch.rand(len(rows), generator=generator) < sampling_chance(labels, options.negative_share)
+        kept = torch.rand(len(rows), generator=generator) < chance
         order = rows[kept][torch.randperm(int(kept.sum()), generator=generator)]
         for batch, chosen in enumerate(order.tensor_split(steps_an_epoch)):
             for group in optimizer.param_groups:
@@ -89,7 +89,7 @@ def train(
             wanted = data.candidates.labels[chosen]
             wanted = torch.cat([wanted, wanted.amax(1, keepdim=True)], 1).to(device)
             logits = forward(inputs(chosen).to(device), windows)
-            loss = label_weighted_bce_with_logits(logits, wanted, matrix.to(device), base_weights=base.to(device))
+            loss = label_weighted_bce_with_logits(logits, wanted, matrix, base_weights=base)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(ranker.parameters(), 1.0)

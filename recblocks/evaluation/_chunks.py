@@ -75,9 +75,9 @@ def rank_chunks(scores: Tensor, user: Tensor, chunk: Tensor) -> RankedChunks:
         order,
         user[order][new_user],
         (new_user.cumsum(0) - 1)[new_chunk],
-        _places(new_chunk),
+        run_places(new_chunk),
         (new_chunk.cumsum(0) - 1)[new_tie],
-        _places(new_tie),
+        run_places(new_tie),
     )
 
 
@@ -86,6 +86,11 @@ def run_starts(values: Tensor) -> Tensor:
     new = torch.ones_like(values, dtype=torch.bool)
     new[1:] = values[1:] != values[:-1]
     return new
+
+
+def run_places(new: Tensor) -> Tensor:
+    """(R+1,) each run's first place, by `run_starts`, and behind them how many values there are."""
+    return torch.cat([new.nonzero().flatten(), torch.tensor([len(new)], device=new.device)])
 
 
 def run_sums(values: Tensor, starts: Tensor) -> Tensor:
@@ -106,7 +111,3 @@ def user_means(ranked: RankedChunks, value: Tensor, judged: Tensor) -> UserMeans
 def mean_over_chunks(means: UserMeans) -> Tensor:
     """Every chunk weighs the same, whoever it belongs to."""
     return (means.value * means.num_chunks).sum() / means.num_chunks.sum()
-
-
-def _places(new: Tensor) -> Tensor:
-    return torch.cat([new.nonzero().flatten(), torch.tensor([len(new)], device=new.device)])

@@ -12,6 +12,7 @@ from recblocks.evaluation._chunks import (
     check_binary,
     mean_over_chunks,
     rank_chunks,
+    run_places,
     run_starts,
     run_sums,
     user_means,
@@ -198,7 +199,7 @@ def _expected_topics(ranked: RankedChunks, topics: Tensor, before: Tensor, size:
     order = topic.argsort(stable=True)  # chunks stay ascending within a topic
     tie, topic = tie[order], topic[order]
     new = run_starts(ranked.tie_chunk[tie]) | run_starts(topic)
-    start = torch.cat([new.nonzero().flatten(), torch.tensor([len(new)], device=new.device)])
+    start = run_places(new)
     chunk = ranked.tie_chunk[tie][new]
 
     missed = _chance_of_none(run_sums(cut[tie], start), cut_size[chunk], cut_room[chunk], k)

@@ -7,12 +7,13 @@ import os
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from recblocks import _checks
 from recblocks.timelines import _files
+from recblocks.timelines._arrays import Array
+from recblocks.timelines.cleaning import changes
 
 KUAIRAND_TYPES = ("shown", "click", "long_view", "like", "comment", "forward", "follow", "hate")
 """Action types: an impression's is the last one of these that happened."""
@@ -23,8 +24,6 @@ _ITEMS = ("kuairand_pure/item_features.parquet", "d5e02514a967")
 _EXPLICIT = ("kuairand27k_explicit/processed_standard_kcore_15.tsv", "321128c4543d")
 _WHERE = "https://kuairand.com (as preprocessed publicly; see the README of the folder)"
 _INSTALL = "pip install 'recblocks[data]'"
-
-Array = npt.NDArray[Any]
 
 
 class Impressions(NamedTuple):
@@ -75,8 +74,9 @@ def kuairand_pure(data_dir: str | os.PathLike[str] | None = None) -> Impressions
     test = np.repeat([0, 1], [part.num_rows for part in parts])
     flags = {name: rows[source] != 0 for name, source in _PURE_FLAGS.items()}
     table = _parquet(data_dir, *_EARLIER)
-    length = np.array([len(seen) for seen in table.column("watch_seq").to_pylist()])
-    item = np.concatenate([seen[::-1] for seen in table.column("watch_seq").to_pylist()])
+    watched = table.column("watch_seq").to_pylist()
+    length = np.array([len(seen) for seen in watched])
+    item = np.concatenate([seen[::-1] for seen in watched])
     earlier = {
         "user": table.column("user_id").to_numpy().repeat(length),
         "item": item,
@@ -155,8 +155,7 @@ def _impressions(
     """Sort, merge what was recorded twice, and derive the action types."""
     user, item, time = rows["user_id"], rows["video_id"], rows["time_ms"]
     order = np.lexsort((item, time, user))
-    key = np.stack([user, time, item])[:, order]
-    begins = np.flatnonzero(np.r_[True, (key[:, 1:] != key[:, :-1]).any(0)])
+    begins = np.flatnonzero(changes(user[order], time[order], item[order]))
     first = order[begins]
     labels = {name: np.logical_or.reduceat(flags[name][order], begins) for name in KUAIRAND_TYPES[1:]}
     action_type = np.zeros(first.size, np.int64)

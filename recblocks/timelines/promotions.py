@@ -162,8 +162,9 @@ def _codes(name: str, column: Any, known: str) -> npt.NDArray[np.uint8]:
     """Each entry's place in the known codes."""
     chunks = []
     for chunk in column.chunks:
-        for code in chunk.dictionary.to_pylist():
+        codes = chunk.dictionary.to_pylist()
+        for code in codes:
             _checks.choice(name, code, tuple(known))
-        place = np.array([known.index(code) for code in chunk.dictionary.to_pylist()], dtype=np.uint8)
+        place = np.array([known.index(code) for code in codes], dtype=np.uint8)
         chunks.append(place[chunk.indices.to_numpy()])
     return np.concatenate(chunks)

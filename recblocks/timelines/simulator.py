@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -245,16 +245,15 @@ def _plan_slots(world: World, truth: Truth, session: Tensor, surface: Tensor, g:
     wanted = list(truth.interests.unbind(1)) if world.interest_share else []
     if world.intent_share or world.surface_shares[SEARCH]:
         wanted.append(truth.intents)
-    for column in wanted:
-        relevant |= topic == column[session][:, None]
-    relevant &= (follows != _DRAWN) | ~_any_of(topic, truth.dislikes, session)
+    relevant |= _any_of(topic, wanted, session)
+    relevant &= (follows != _DRAWN) | ~_any_of(topic, truth.dislikes.unbind(1), session)
     return _Slots(topic, rank, follows, randomised, relevant)
 
 
-def _any_of(topic: Tensor, topics: Tensor, session: Tensor) -> Tensor:
-    """Which slots (R, chunk) are of one of their session's topics (S, n)."""
+def _any_of(topic: Tensor, topics: Iterable[Tensor], session: Tensor) -> Tensor:
+    """Which slots (R, chunk) are of one of their session's topics, each (S,)."""
     found = torch.zeros_like(topic, dtype=torch.bool)
-    for column in topics.unbind(1):
+    for column in topics:
         found |= topic == column[session][:, None]
     return found
 
@@ -315,7 +314,7 @@ def _react(
     """(R, chunk) action types, -1 = none, and durations in seconds, 0 where none."""
     chance = torch.where(relevant, world.hide_relevant, world.hide_other)
     if world.num_dislikes:
-        chance = chance.masked_fill_(_any_of(topic, truth.dislikes, session), world.hide_disliked)
+        chance = chance.masked_fill_(_any_of(topic, truth.dislikes.unbind(1), session), world.hide_disliked)
     hides = torch.rand(engaged.shape, generator=g) < chance
     kind = torch.where(hides & shown, HIDE, NO_ACTION)
     acted = engaged.flatten().nonzero()[:, 0]
