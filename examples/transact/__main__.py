@@ -67,6 +67,7 @@ def main(options: Options) -> None:
     trained = train_all(console, data, options)
     judged = [jury.judge(name, predict(ranker, jury.rows)) for name, ranker in trained.items()]
     judged += [jury.judge(name, scores, is_model=False) for name, scores in rules(data, jury.rows, options).items()]
+    judged.append(jury.oracle())
     write_scores(options.out / "scores.parquet", jury, judged)
     notes = [*data.notes, f"Took {time.monotonic() - began:.0f} s."]
     losses = {name: ranker.loss for name, ranker in trained.items()}
@@ -81,7 +82,7 @@ def load(options: Options) -> RankingData:
     if options.data == "simulator":
         return world.load(options.world)
     if options.data == "completejourney":
-        return journey.load(options.journey)
+        return journey.load(options.journey, user_embedding=options.model.user_embedding)
     return kuairand.load(options.kuairand, options.data)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 import recblocks
 from examples.pinnerformer.data import product_words, purchase_vectors, text_vectors
 from examples.transact.data import Candidates, RankingData, Requests, newest_before
+from examples.transact.user_embedding import journey_embeddings
 from recblocks import Promotions, Timelines
 
 DAY = 86_400
@@ -34,8 +35,8 @@ class JourneyOptions:
     exposure_seed: int = 0
 
 
-def load(options: JourneyOptions) -> RankingData:
-    """Read the year, draw the candidates."""
+def load(options: JourneyOptions, *, user_embedding: bool = True) -> RankingData:
+    """Read the year, draw the candidates; prepare the households' embeddings, if they are wanted."""
     promotions, source = recblocks.completejourney_promotions(), recblocks.completejourney()
     generator = torch.Generator().manual_seed(options.exposure_seed)
     products = promotions.products
@@ -69,6 +70,7 @@ def load(options: JourneyOptions) -> RankingData:
                 "hour": asked["time"] // 3600 % 24,
                 "weekday": asked["time"] // DAY % 7,
             },
+            user_embedding=_user_embedding(histories, promotions, user, asked["time"]) if user_embedding else None,
         ),
         candidates=Candidates(
             request=drawn.request,
@@ -192,12 +194,30 @@ def _popularity(histories: Timelines, promotions: Promotions, week: Tensor, item
 
 def _vectors(histories: Timelines, promotions: Promotions, options: JourneyOptions) -> Tensor:
     """(P, 3 dim): what was bought by the same households before the training weeks, words, and identity."""
-    first = promotions.requests["time"][promotions.requests["week"] == WEEKS["train"][0]].min()
-    bought, _ = purchase_vectors(histories, int(first) - 1, num_items=len(promotions.products), dim=options.dim)
+    bought, _ = purchase_vectors(
+        histories, _first_time(promotions) - 1, num_items=len(promotions.products), dim=options.dim
+    )
     words = text_vectors(product_words(promotions.product_text), dim=options.dim)
     generator = torch.Generator().manual_seed(options.exposure_seed)
     identity = torch.randn(len(promotions.products), options.dim, generator=generator) / options.dim**0.5
     return torch.cat([bought, words, identity], 1)
+
+
+def _user_embedding(histories: Timelines, promotions: Promotions, users: Tensor, times: Tensor) -> Tensor:
+    """(R, E) of a model that was trained before the training weeks' first day, made a day before each request's."""
+    return journey_embeddings(
+        histories,
+        promotions.product_text,
+        users,
+        times,
+        start=_first_time(promotions) // DAY * DAY,
+        num_surfaces=int(promotions.requests["surface"].max()) + 1,
+    )
+
+
+def _first_time(promotions: Promotions) -> int:
+    """When the training weeks begin."""
+    return int(promotions.requests["time"][promotions.requests["week"] == WEEKS["train"][0]].min())
 
 
 def _codes(values: list[str]) -> Tensor:
