@@ -135,6 +135,34 @@ def test_every_way_to_read_a_sequence_ignores_padding_and_answers_without_any_ac
     torch.testing.assert_close(alone, logits[:1], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("sequence", ["transact", "transact_untyped"])
+def test_a_sequence_encoded_once_for_all_candidates_scores_as_one_encoded_for_each(
+    data: RankingData, sequence: Sequence
+) -> None:
+    options = dataclasses.replace(SMALL, dropout=0.0, window_hours=0.0)
+    inputs = Inputs(data, options)
+    torch.manual_seed(0)
+    ranker = Ranker(data, inputs, sequence, options).eval()
+    batch = inputs(torch.randperm(300, generator=torch.Generator().manual_seed(2)))
+    with torch.no_grad():
+        once = ranker(batch)
+        assert ranker.sequence is not None
+        candidate = ranker.vectors[batch.candidate]
+        one = ranker._read(batch, candidate, None)
+        ranker.training = True  # the path of training, while batch norm and dropout stay as they serve
+        each = ranker._read(batch, candidate, None)
+        assert not torch.equal(one, each), "both took the same path"
+        torch.testing.assert_close(ranker(batch), once, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(one, each, rtol=1e-4, atol=1e-5)
+
+
+def test_scores_stand_in_the_order_of_the_rows_asked_for(data: RankingData) -> None:
+    trained = train(data, "transact", SMALL, TrainOptions(epochs=1, batch_size=512))
+    rows = torch.randperm(500, generator=torch.Generator().manual_seed(3))
+    whole = predict(trained, torch.arange(500), batch_size=64)
+    torch.testing.assert_close(predict(trained, rows), whole[rows], rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("share", [1.0, 0.25, 0.01])
 def test_probabilities_are_corrected_for_the_negatives_left_out(share: float) -> None:
     # Of 1,000 rows 100 have an action: 30 a save, 20 of these and 70 others a click. A share of the other 900 is kept.

@@ -68,6 +68,16 @@ class Jury:
             is_model,
         )
 
+    def oracle(self) -> Judged:
+        """The bound of every head: each request ranked by that head's labels themselves."""
+        labels = self.labels.double()
+        hits = [
+            recblocks.hit_per_user(mine, self.labels[:, head, None], self.user, self.request, k=K).value
+            for head, mine in enumerate(labels.unbind(1))
+        ]
+        ranked = self.judge("oracle", labels, is_model=False)
+        return dataclasses.replace(ranked, name="oracle (each head ranked by its own labels)", hits=torch.cat(hits, 1))
+
     def head(self, judged: Judged, head: int) -> Head:
         """One head's figures with 95 % intervals over users."""
         labels, scores = self.labels[:, head], judged.probabilities[:, head]
@@ -83,22 +93,27 @@ class Jury:
         """One head's predicted and observed rates."""
         return recblocks.calibration(judged.probabilities[:, head], self.labels[:, head])
 
-    def less(self, one: Judged, other: Judged, head: int) -> tuple[Interval, Interval, Interval]:
-        """HIT@3, AUC and AUC within requests of one less the other's, over the same users."""
+    def less_hit(self, one: Judged, other: Judged, head: int) -> Interval:
+        """HIT@3 a request of one less the other's, over the same users."""
+        return self._less(
+            one.hits[:, head] / self.num_requests, other.hits[:, head] / self.num_requests, self.num_requests
+        )
+
+    def less_auc(self, one: Judged, other: Judged, head: int) -> Interval:
+        """AUC of one less the other's."""
+        ours, theirs = one.probabilities[:, head], other.probabilities[:, head]
+        return recblocks.paired_auc_bootstrap(
+            ours, theirs, self.labels[:, head], self.user, num_resamples=300, generator=seeded()
+        )
+
+    def less_chunk_auc(self, one: Judged, other: Judged, head: int) -> Interval:
+        """AUC within requests of one less the other's."""
         labels = self.labels[:, head]
         ours, theirs = (
             recblocks.chunk_auc_per_user(each.probabilities[:, head], labels, self.user, self.request)
             for each in (one, other)
         )
-        weights = self.num_requests
-        return (
-            self._less(one.hits[:, head] / weights, other.hits[:, head] / weights, weights),
-            recblocks.paired_auc_bootstrap(
-                one.probabilities[:, head], other.probabilities[:, head], labels, self.user,
-                num_resamples=300, generator=seeded(),
-            ),
-            self._less(ours.value, theirs.value, ours.num_chunks.double()),
-        )  # fmt: skip
+        return self._less(ours.value, theirs.value, ours.num_chunks.double())
 
     def diversity(self, judged: Judged) -> Interval:
         """Distinct topics in the top 3."""

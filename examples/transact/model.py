@@ -54,22 +54,25 @@ class ModelOptions:
 
 
 class Batch(NamedTuple):
-    """B candidates as the ranker reads them."""
+    """B candidates of Q requests as the ranker reads them; what belongs to a request stands once."""
 
     candidate: Tensor
     """(B,) rows of the items."""
+    request: Tensor
+    """(B,) places in the Q requests."""
     items: Tensor
-    """(B, S) rows of the items."""
+    """(Q, S) rows of the items."""
     types: Tensor
     times: Tensor
     valid: Tensor
     request_time: Tensor
+    """(Q,)."""
     categorical: Tensor
     """(B, C) codes."""
     numeric: Tensor
     """(B, F)."""
     user: Tensor
-    """(B, E), E = 0 without user embeddings."""
+    """(Q, E), E = 0 without user embeddings."""
 
     def to(self, device: torch.device) -> Batch:
         """The batch on a device."""
@@ -95,7 +98,7 @@ class Inputs:
 
     def __call__(self, rows: Tensor) -> Batch:
         data, histories = self.data, self.data.histories
-        request = data.candidates.request[rows]
+        request, place = torch.unique(data.candidates.request[rows], return_inverse=True)
         user = data.requests.user[request]
         index = data.requests.newest[request][:, None] + torch.arange(self.options.length)
         valid = index < histories.ends[user][:, None]
@@ -103,6 +106,7 @@ class Inputs:
         actions = {name: torch.where(valid, column, 0) for name, column in actions.items()}
         return Batch(
             candidate=data.candidates.item[rows],
+            request=place,
             items=actions["row"],
             types=actions["action_type"].long(),
             times=actions["time"],
@@ -129,7 +133,8 @@ class Ranker(nn.Module):
 
     def __init__(self, data: RankingData, inputs: Inputs, sequence: Sequence, options: ModelOptions) -> None:
         super().__init__()
-        self.register_buffer("vectors", data.vectors, persistent=False)
+        # Columns of about 1, as learned embeddings start: unit vectors of many columns would be faint beside them.
+        self.register_buffer("vectors", data.vectors / data.vectors.square().mean().sqrt(), persistent=False)
         positive = torch.isin(torch.arange(data.num_action_types), torch.tensor(data.positive_types))
         self.register_buffer("positive", positive, persistent=False)
         self.learned = nn.Embedding(len(data.vectors), options.learned_ids) if options.learned_ids else None
@@ -153,7 +158,7 @@ class Ranker(nn.Module):
         """(B, H + 1) logits; the last column is that of any action."""
         embedded = [table(batch.categorical[:, column]) for column, table in enumerate(self.embeddings)]
         candidate = self._vectors(batch.candidate)
-        parts = [*embedded, self.norm(batch.numeric), candidate, batch.user]
+        parts = [*embedded, self.norm(batch.numeric), candidate, batch.user[batch.request]]
         if self.sequence is not None:
             parts.append(self._read(batch, candidate, generator))
         logits: Tensor = self.mlp(self.cross(torch.cat(parts, 1)))
@@ -164,21 +169,38 @@ class Ranker(nn.Module):
         return fixed if self.learned is None else torch.cat([fixed, self.learned(rows)], -1)
 
     def _read(self, batch: Batch, candidate: Tensor, generator: torch.Generator | None) -> Tensor:
-        valid = batch.valid
+        shared = isinstance(self.sequence, ActionTransformer) and self.sequence.fusion == "concat" and not self.training
+        if shared:
+            return self._read_once(batch, candidate)
+        items, types, times, valid, request_time = (part[batch.request] for part in batch[2:7])
         if self.window is not None:
-            valid = valid & ~self.window(batch.times, batch.request_time, generator=generator)
+            valid = valid & ~self.window(times, request_time, generator=generator)
         if self.reads == "bst_positive":
-            valid = valid & self.positive[batch.types]
-        items = self._vectors(batch.items)
+            valid = valid & self.positive[types]
         if not isinstance(self.sequence, ActionTransformer):
-            pooled: Tensor = self.sequence(items, valid=valid)
+            pooled: Tensor = self.sequence(self._vectors(items), valid=valid)
             return pooled
-        types = batch.types if self.reads == "transact" else None
-        out, seen = self.sequence(items, types, candidate, valid=valid)
+        out, seen = self.sequence(self._vectors(items), self._types(types), candidate, valid=valid)
         compressed: Tensor = self.compression(out, seen)
         if self.reads.startswith("bst"):
             return torch.cat([compressed, out[:, -1]], 1)
         return compressed
+
+    def _read_once(self, batch: Batch, candidate: Tensor) -> Tensor:
+        """The same, with each request's sequence encoded once for all its candidates."""
+        encoded = self.sequence.encode_user(self._vectors(batch.items), self._types(batch.types), valid=batch.valid)
+        order = batch.request.argsort(stable=True)
+        size = torch.bincount(batch.request)
+        place = torch.empty_like(order)
+        place[order] = torch.arange(len(order), device=order.device) - (size.cumsum(0) - size)[batch.request[order]]
+        padded = candidate.new_zeros(len(size), int(size.max()), candidate.shape[1])
+        padded[batch.request, place] = candidate
+        out = self.sequence.encode_candidates(encoded, padded)[batch.request, place]
+        compressed: Tensor = self.compression(out, batch.valid[batch.request])
+        return compressed
+
+    def _types(self, types: Tensor) -> Tensor | None:
+        return types if self.reads == "transact" else None
 
 
 def _sequence(

@@ -60,9 +60,9 @@ def tables(jury: Jury, judged: Sequence[Judged]) -> list[Table]:
         result.append(Table(head, headings, rows, [0]))
     rows = [[one.name, _text(jury.diversity(one))] for one in judged]
     result.append(Table("Diversity", ("ranker", f"distinct topics in the top {K}"), rows, [0]))
-    place = data.heads.index(data.primary)
+    place, measures = data.heads.index(data.primary), (jury.less_hit, jury.less_auc, jury.less_chunk_auc)
     rows = [
-        [other.name, *(_text(less, "+") for less in jury.less(judged[0], other, place)),
+        [other.name, *(_text(less(judged[0], other, place), "+") for less in measures),
          _text(jury.less_diverse(judged[0], other), "+")]
         for other in judged[1:]
     ]  # fmt: skip

@@ -104,9 +104,12 @@ def train(
 @torch.no_grad()
 def predict(trained: Trained, rows: Tensor, *, batch_size: int = 4096) -> Tensor:
     """(N, H) probability of each head, as if training had seen every negative."""
-    device = next(trained.ranker.parameters()).device
-    logits = [trained.ranker(trained.inputs(some).to(device)).cpu() for some in rows.split(batch_size)]
-    return corrected(torch.cat(logits).double().sigmoid(), trained.negative_share)
+    inputs, device = trained.inputs, next(trained.ranker.parameters()).device
+    _, place, size = torch.unique(inputs.data.candidates.request[rows], return_inverse=True, return_counts=True)
+    order = size[place].argsort(stable=True)  # requests of like size, so that little is padded
+    batches = rows[order].split(batch_size)
+    logits = torch.cat([trained.ranker(inputs(some).to(device)).cpu() for some in batches])
+    return corrected(torch.empty_like(logits).index_copy_(0, order, logits).double().sigmoid(), trained.negative_share)
 
 
 def corrected(sampled: Tensor, share: float) -> Tensor:

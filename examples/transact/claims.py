@@ -1,0 +1,201 @@
+"""Train the rankers that the expected orderings are about, several seeds each, and print which orderings come out.
+
+``python -m examples.transact.claims --data simulator``. The worlds were written down before any ranker was trained.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from examples.transact import journey, kuairand, world
+from examples.transact.data import RankingData
+from examples.transact.evaluate import Judged, Jury, K
+from examples.transact.journey import JourneyOptions
+from examples.transact.kuairand import KuaiRandOptions
+from examples.transact.model import ModelOptions
+from examples.transact.model import Sequence as Reads
+from examples.transact.train import TrainOptions, predict, train
+from examples.transact.world import WorldOptions
+from recblocks import Interval
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What is trained; every ranker of a seed gets the same."""
+
+    data: Literal["completejourney", "kuairand_pure", "responsive", "indifferent"] = "completejourney"
+    part: Literal["report", "choose"] = "report"
+    """Which requests are judged."""
+    seeds: int = 3
+    """Of the rankers; and in the simulated worlds of the users and all they do."""
+    journey: tyro.conf.OmitArgPrefixes[JourneyOptions] = dataclasses.field(default_factory=JourneyOptions)
+    kuairand: tyro.conf.OmitArgPrefixes[KuaiRandOptions] = dataclasses.field(default_factory=KuaiRandOptions)
+    world_users: int | None = None
+    """Users instead of the world's own number."""
+    model: tyro.conf.OmitArgPrefixes[ModelOptions] = dataclasses.field(default_factory=ModelOptions)
+    train: tyro.conf.OmitArgPrefixes[TrainOptions] = dataclasses.field(default_factory=TrainOptions)
+    threads: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """A ranker by what it reads and how it is trained."""
+
+    reads: Reads
+    model: ModelOptions
+    train: TrainOptions
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """One thing that ought to be seen: by some measure one ranker has more than another, or as much."""
+
+    one: str
+    other: str
+    measure: Literal["HIT@3", "AUC", "AUC in requests", "distinct topics"]
+    head: str | None
+    """Whose actions are measured; distinct topics are of no head."""
+    expected: Literal["more", "less", "same", "not less"] = "more"
+    bar: float = 0.0
+    """How much more the mean over the seeds ought to be."""
+
+    def text(self) -> str:
+        """The claim in words."""
+        what = self.measure if self.head is None else f"{self.measure} of {self.head}"
+        sign = {"more": ">", "less": "<", "same": "=", "not less": "not below"}[self.expected]
+        return f"{what}: {self.one} {sign} {self.other}" + (f" by {self.bar:g}" if self.bar else "")
+
+    def less(self, jury: Jury, judged: dict[str, Judged]) -> Interval:
+        """What one ranker has more than the other."""
+        one, other = judged[self.one], judged[self.other]
+        if self.head is None:
+            return jury.less_diverse(one, other)
+        less = {"HIT@3": jury.less_hit, "AUC": jury.less_auc, "AUC in requests": jury.less_chunk_auc}
+        return less[self.measure](one, other, jury.data.heads.index(self.head))
+
+
+def main(options: Options) -> None:
+    """Train, judge and compare, seed by seed."""
+    torch.set_num_threads(options.threads)
+    console = Console(width=150)
+    claims = _claims(options.data)
+    found: list[list[Interval]] = [[] for _ in claims]
+    rows: list[list[str]] = []
+    for seed in range(options.seeds):
+        data = _load(options, seed)
+        jury = Jury(data, options.part)
+        judged = {}
+        for name, variant in _variants(options, seed).items():
+            trained = train(data, variant.reads, variant.model, variant.train)
+            judged[name] = jury.judge(name, predict(trained, jury.rows))
+            rows.append([str(seed), name, *_figures(judged[name])])
+            console.print(f"seed {seed}: {name}, {len(trained.loss)} steps, HIT@{K} of each head {rows[-1][2:]}")
+        for claim, intervals in zip(claims, found, strict=True):
+            intervals.append(claim.less(jury, judged))
+    headings = ("seed", "ranker", *(f"HIT@{K} of {head}" for head in data.heads), "distinct topics")
+    console.print(_table(f"{data.name}, {options.part}", headings, rows))
+    seeds = [f"seed {seed}, 95 %" for seed in range(options.seeds)]
+    verdicts = [_row(claim, intervals) for claim, intervals in zip(claims, found, strict=True)]
+    console.print(_table("expected, and what came out", ("expected", "mean", *seeds, "verdict"), verdicts))
+
+
+def _load(options: Options, seed: int) -> RankingData:
+    if options.data == "completejourney":
+        return journey.load(options.journey)
+    if options.data == "kuairand_pure":
+        return kuairand.load(options.kuairand, options.data)
+    return world.load(WorldOptions(world=options.data, world_users=options.world_users, world_seed=seed))
+
+
+def _variants(options: Options, seed: int) -> dict[str, Variant]:
+    model, trained = options.model, dataclasses.replace(options.train, seed=seed)
+    base = Variant("transact", model, trained)
+    if options.data in ("completejourney", "kuairand_pure"):
+        counts = dataclasses.replace(model, counts=True)
+        return {
+            "TransAct": base,
+            "none": Variant("none", model, trained),
+            "average": Variant("average", model, trained),
+            "counts": Variant("none", counts, trained),
+            "TransAct + counts": Variant("transact", counts, trained),
+        }
+    return {
+        "TransAct": base,
+        "TransAct, no window mask": Variant("transact", dataclasses.replace(model, window_hours=0), trained),
+        "TransAct, no types": Variant("transact_untyped", model, trained),
+        "TransAct, label matrix": Variant("transact", model, dataclasses.replace(trained, label_weights="matrix")),
+        "BST": Variant("bst", model, trained),
+        "average": Variant("average", model, trained),
+        "none": Variant("none", model, trained),
+    }
+
+
+def _claims(data: str) -> list[Claim]:
+    if data == "completejourney":
+        against = ("none", "average")
+        claims = [Claim("TransAct", other, "AUC in requests", "buy") for other in against]
+        return claims + [Claim("TransAct", other, "HIT@3", "buy") for other in against]
+    if data == "kuairand_pure":
+        return [
+            Claim("TransAct", "none", "AUC", "long_view", bar=0.008),
+            Claim("TransAct", "average", "AUC", "long_view", bar=0.005),
+            Claim("TransAct", "none", "AUC", "like", bar=0.035),
+            Claim("TransAct", "average", "AUC", "like", bar=0.035),
+            Claim("TransAct", "none", "HIT@3", "long_view", "not less"),
+            Claim("TransAct", "average", "HIT@3", "long_view", "not less"),
+        ]
+    claims = [
+        Claim("TransAct", "BST", "HIT@3", "save"),
+        Claim("BST", "average", "HIT@3", "save"),
+        Claim("TransAct", "TransAct, no types", "HIT@3", "hide", "less"),
+        Claim("TransAct", "TransAct, no window mask", "distinct topics", None),
+        Claim("TransAct", "TransAct, no window mask", "HIT@3", "save", "not less"),
+        Claim("TransAct, label matrix", "TransAct", "HIT@3", "hide", "less"),
+    ]
+    if data == "responsive":
+        return claims
+    return [dataclasses.replace(claim, expected="same") for claim in claims]
+
+
+def _figures(judged: Judged) -> list[str]:
+    hits = judged.hits.sum(0) / judged.num_requests.sum()
+    topics = (judged.topics * judged.num_requests).sum() / judged.num_requests.sum()
+    return [f"{value:.4f}" for value in [*hits.tolist(), float(topics)]]
+
+
+def _row(claim: Claim, found: Sequence[Interval]) -> list[str]:
+    mean = sum(one.mean for one in found) / len(found)
+    intervals = [f"{one.mean:+.4f} [{one.low:+.4f}, {one.high:+.4f}]" for one in found]
+    return [claim.text(), f"{mean:+.4f}", *intervals, _verdict(claim, mean, found)]
+
+
+def _verdict(claim: Claim, mean: float, found: Sequence[Interval]) -> str:
+    above, below = sum(one.low > 0 for one in found), sum(one.high < 0 for one in found)
+    seen = f"{above} of {len(found)} above 0, {below} below"
+    holds = {
+        "more": above == len(found) and mean >= claim.bar,
+        "less": below == len(found),
+        "same": above == below == 0,
+        "not less": below == 0,
+    }[claim.expected]
+    return "comes out" if holds else f"DOES NOT COME OUT: {seen}"
+
+
+def _table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    table = Table(title=title)
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading in ("ranker", "expected", "verdict") else "right")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))
