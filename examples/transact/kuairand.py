@@ -18,6 +18,7 @@ from recblocks import Impressions, Timelines
 
 WATCHED = len(recblocks.KUAIRAND_TYPES)
 """The action type of the videos of which only the order is known."""
+DAY, BEIJING = 86_400_000, 8 * 3_600_000
 UTILITIES = {"long_view": 1.0, "like": 1.0, "comment": 0.5, "forward": 0.5, "follow": 0.5, "click": 0.3, "hate": -1.0}
 
 
@@ -75,7 +76,7 @@ def load(options: KuaiRandOptions, part: Literal["kuairand_pure", "kuairand27k_e
             item=item[order],
             labels=torch.stack([seen.labels[head] for head in heads], 1).float()[order],
             categorical={"surface": columns["surface"][order]},
-            numeric=_popularity(item, day[request])[order],
+            numeric=_popularity(item, columns["time"], first[request])[order],
         ),
         parts={
             "train": (test == 0) & ~last_day,
@@ -122,12 +123,16 @@ def _vectors(seen: Impressions, items: Tensor, dim: int) -> Tensor:
     return torch.cat([torch.nn.functional.normalize(vectors, dim=1), identity], 1)
 
 
-def _popularity(item: Tensor, day: Tensor) -> Tensor:
-    """(N, 1) log1p of an item's impressions on earlier days."""
-    days, place = torch.unique(day, return_inverse=True)
+def _popularity(item: Tensor, time: Tensor, asked: Tensor) -> Tensor:
+    """(N, 1) log1p of an item's impressions up to the last midnight in Beijing before ``asked``.
+
+    The source's dates do not tell: about midnight a chunk may begin before the last impressions of the date before.
+    """
+    shown, today = ((moment + BEIJING) // DAY for moment in (time, asked))
+    days, place = torch.unique(shown, return_inverse=True)
     counts = torch.zeros(len(days) + 1, int(item.max()) + 1)
     counts.view(-1).index_add_(0, (place + 1) * counts.shape[1] + item, torch.ones(len(item)))
-    return counts.cumsum(0)[place, item, None].log1p()
+    return counts.cumsum(0)[torch.searchsorted(days, today), item, None].log1p()
 
 
 def _codes(values: Tensor) -> Tensor:
