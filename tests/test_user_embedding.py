@@ -237,7 +237,7 @@ OTHER: dict[str, Any] = {
     "surfaces": {"num_surfaces": STORES + 1},
     "start": {"start": START - DAY},
     "users": {"users": asked()[0].roll(1)},
-    "times": {"times": asked()[1] + DAY},
+    "times": {"times": asked()[1].roll(1)},
 }
 
 
