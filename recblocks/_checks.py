@@ -138,6 +138,12 @@ def not_negative(name: str, value: Tensor) -> None:
             raise ValueError(f"{name} must be finite and at least 0, got {value[bad][0].item()!r}")
 
 
+def none_late(late: Tensor) -> None:
+    """Require that no valid action is after its row's request, where that can be read."""
+    if readable(late) and bool(late.any()):
+        raise ValueError(f"action_time must not be after request_time where valid, got {int(late.sum())} that are")
+
+
 def offsets(name: str, value: object, total: int) -> None:
     """Require (B+1,) int64 offsets of packed sequences: from 0 to ``total``, never descending."""
     integers(name, value, None)

@@ -412,10 +412,10 @@ def call(options=None, **changes):
     return run
 
 
-def encode(options=None, *, candidates=(3, ITEM), users=1, is_training=True):
+def encode(options=None, *, candidates=(3, ITEM), users=1, is_training=True, **changes):
     def run():
         module = transformer(**options or {}).train(is_training)
-        given = arguments(module, torch.ones(users, SLOTS, dtype=torch.bool))
+        given = arguments(module, torch.ones(users, SLOTS, dtype=torch.bool)) | changes
         del given["candidate"]
         return module.encode_candidates(module.encode_user(**given), torch.randn(*candidates))
 
@@ -466,6 +466,8 @@ LINEAR = {"positions": "linear"}
         ),
         (encode({"fusion": "append"}), ValueError, ["encode_user", "concat", "append"]),
         (encode({"dropout": 0.1}), ValueError, ["encode_user", "eval()", "0.1"]),
+        (encode(action_type=torch.full((1, SLOTS), 3)), ValueError, ["action_type", "[0, 3)", "got 3"]),
+        (encode(LINEAR, action_time=torch.full((1, SLOTS), NOW + 10**7)), ValueError, ["action_time", "after"]),
         (encode(users=2), ValueError, ["candidates", "(2, N, 4)", "(3, 4)"]),
         (encode(candidates=(3, 5)), ValueError, ["candidates", "(N, 4)", "(3, 5)"]),
         (encode(candidates=(2, 3, 4)), ValueError, ["candidates", "(1, N, 4)", "(2, 3, 4)"]),

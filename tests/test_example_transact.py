@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 import re
-from typing import get_args
+from collections.abc import Callable
+from typing import Any, get_args
 
 import pyarrow.parquet as pq
 import pytest
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 import recblocks
 from examples.transact import __main__ as command
 from examples.transact import world
-from examples.transact.data import RankingData, count_earlier, hand_made_counts, newest_before
+from examples.transact.data import Candidates, RankingData, Requests, count_earlier, hand_made_counts, newest_before
 from examples.transact.model import Batch, Inputs, ModelOptions, Ranker, Sequence
 from examples.transact.train import TrainOptions, corrected, predict, train
 from recblocks import Timelines
@@ -133,6 +134,61 @@ def test_every_way_to_read_a_sequence_ignores_padding_and_answers_without_any_ac
         alone = ranker(Batch(*(part[:1] for part in garbage)))
     # a product of one row sums in another order than one of many: float32 rounding of sums of a few hundred numbers
     torch.testing.assert_close(alone, logits[:1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("sequence", get_args(Sequence))
+def test_a_request_whose_every_action_is_masked_is_trained_on_as_one_without_any(
+    data: RankingData, sequence: Sequence
+) -> None:
+    options = dataclasses.replace(SMALL, dropout=0.0, window_hours=24.0 * 365 * 1000)  # T is almost surely older
+    inputs = Inputs(data, options)
+    torch.manual_seed(0)
+    ranker = Ranker(data, inputs, sequence, options)
+    batch = inputs(torch.arange(0, 400, 7))
+    logits = [ranker(each) for each in (batch, batch._replace(valid=torch.zeros_like(batch.valid)))]
+    assert bool(batch.valid.any())
+    assert torch.equal(*logits)
+    logits[0].square().sum().backward()
+    for parameter in ranker.parameters():
+        assert parameter.grad is None or parameter.grad.isfinite().all()
+
+
+def test_an_action_in_the_future_of_its_request_is_an_error_in_training(data: RankingData) -> None:
+    late = dataclasses.replace(data.requests, newest=(data.requests.newest - 3).clamp(min=0))
+    with pytest.raises(ValueError, match="action_time must not be after request_time where valid"):
+        train(dataclasses.replace(data, requests=late), "average", SMALL, TrainOptions(epochs=1))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda data: {"heads": data.heads[:3]},
+            r"labels must have shape \(\d+, 3\), a column for each of save, .* got",
+        ),
+        (lambda data: {"candidates": with_labels(data, data.candidates.labels[1:])}, "labels must have shape"),
+        (lambda data: {"candidates": with_labels(data, -data.candidates.labels)}, r"labels must be 0 or 1, got -1\.0"),
+        (lambda data: {"candidates": with_labels(data, data.candidates.labels / 0)}, "labels must be 0 or 1, got nan"),
+        (lambda data: {"utilities": data.utilities[:3]}, "utilities and primary must be of .*, got"),
+        (lambda _: {"primary": "buy"}, "utilities and primary must be of .* and buy"),
+        (lambda data: {"num_action_types": data.num_action_types - 1}, r"action_type must be in \[0, 3\), got 0 to 3"),
+        (lambda data: {"requests": with_user(data, -1)}, r"user must be in \[0, 60\), got -1 to 59"),
+        (lambda data: {"requests": with_user(data, len(data.histories))}, r"user must be in \[0, 60\), got 0 to 60"),
+    ],
+)
+def test_bad_data_are_named(data: RankingData, change: Callable[[RankingData], dict[str, Any]], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(data, **change(data))
+
+
+def with_labels(data: RankingData, labels: torch.Tensor) -> Candidates:
+    return dataclasses.replace(data.candidates, labels=labels)
+
+
+def with_user(data: RankingData, user: int) -> Requests:
+    users = data.requests.user.clone()
+    users[5] = user
+    return dataclasses.replace(data.requests, user=users)
 
 
 @pytest.mark.parametrize("sequence", ["transact", "transact_untyped"])

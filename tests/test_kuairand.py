@@ -113,6 +113,15 @@ def test_repeats_are_merged_and_the_last_type_that_happened_counts(
 
 
 @pytest.mark.parametrize("reader", FOLDERS)
+def test_another_file_is_refused(reader: Any, tmp_path: pathlib.Path) -> None:
+    (tmp_path / FOLDERS[reader]).mkdir()
+    for name in ("val.parquet", "processed_standard_kcore_15.tsv"):
+        (tmp_path / FOLDERS[reader] / name).write_text("user_id\tvideo_id")
+    with pytest.raises(ValueError, match=f"{FOLDERS[reader]}.* is another file: its sha256 must begin with"):
+        reader(tmp_path)
+
+
+@pytest.mark.parametrize("reader", FOLDERS)
 def test_a_missing_folder_is_named(reader: Any, tmp_path: pathlib.Path) -> None:
     with pytest.raises(
         FileNotFoundError, match=f"there is no .*{FOLDERS[reader]}.*; put the file there, from https://"

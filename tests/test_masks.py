@@ -140,10 +140,20 @@ def test_it_compiles_into_one_graph_in_training():
     assert 0 < want.double().mean() < 1
 
 
-def call(action_time=None, request_time=None, max_window=10):
+def test_what_is_after_the_request_is_an_error_only_where_it_is_real():
+    action_time, request_time = torch.tensor([[10, 11, 12]]), torch.tensor([10])
+    modules = RandomTimeWindowMask(max_window=5), RandomTimeWindowMask(max_window=5).eval()
+    for module in modules:
+        assert not module(action_time, request_time).any()
+        assert not module(action_time, request_time, valid=torch.tensor([[True, False, False]])).any()
+        with pytest.raises(ValueError, match="action_time must not be after request_time where valid, got 2 that are"):
+            module(action_time, request_time, valid=torch.tensor([[True, True, True]]))
+
+
+def call(action_time=None, request_time=None, max_window=10, valid=None):
     action_time = torch.zeros(2, 3, dtype=torch.int64) if action_time is None else action_time
     request_time = torch.zeros(2, dtype=torch.int64) if request_time is None else request_time
-    return random_time_window_mask(action_time, request_time, max_window=max_window)
+    return random_time_window_mask(action_time, request_time, max_window=max_window, valid=valid)
 
 
 @pytest.mark.parametrize(
@@ -154,6 +164,8 @@ def call(action_time=None, request_time=None, max_window=10):
         (lambda: call(request_time=torch.zeros(2).double()), TypeError, ["request_time", "int64", "float64"]),
         (lambda: call(request_time=torch.zeros(3).long()), ValueError, ["request_time", "(2)", "(3,)"]),
         (lambda: call(request_time=torch.zeros(2, 1).long()), ValueError, ["request_time", "(2)", "(2, 1)"]),
+        (lambda: call(valid=torch.zeros(2, 3)), TypeError, ["valid", "bool", "float32"]),
+        (lambda: call(valid=torch.zeros(2, 4).bool()), ValueError, ["valid", "(2, 3)", "(2, 4)"]),
         (lambda: call(max_window=0), ValueError, ["max_window", "above 0"]),
         (lambda: call(max_window=float("nan")), ValueError, ["max_window", "finite"]),
         (lambda: call(max_window=2**53 + 1), ValueError, ["max_window", "at most"]),

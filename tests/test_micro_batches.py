@@ -286,6 +286,16 @@ def test_settings_reach_the_checks() -> None:
     assert times(stream) == [4]
 
 
+def test_an_action_in_the_future_of_a_request_is_not_in_its_sequence() -> None:
+    stream = RealtimeActions(num_actions=3, unit="s", lateness=5)
+    report = stream.apply(
+        user=np.ones(4, dtype=np.int64), time=np.array([8, 10, 14, 90]), item=np.arange(4), time_range=(0, 20),
+        duration=np.array([1.0, -1.0, 2.0, 3.0]),
+    )  # fmt: skip
+    assert report == (4, 2, {}, {"time_out_of_range": 1, "negative_duration": 1})
+    assert [times(stream, request) for request in (15, 14, 9, 8)] == [[14, 8], [8], [8], []]
+
+
 def test_extreme_times_and_ids() -> None:
     low, high = -(2**63), 2**63 - 1
     stream = RealtimeActions(num_actions=3, unit="ms", lateness=high, clock_bound=high)

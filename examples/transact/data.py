@@ -74,9 +74,27 @@ class RankingData:
     """What each action adds to the weight of each head's cross entropy, [head][action] (TA Table 7)."""
     notes: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        """Refuse what would be read as something else: labels that are not the heads', types and users not known."""
+        heads, labels = len(self.heads), self.candidates.labels
+        if labels.shape != (len(self.candidates.item), heads):
+            wanted = f"({len(self.candidates.item)}, {heads}), a column for each of {', '.join(self.heads)}"
+            raise ValueError(f"labels must have shape {wanted}, got {tuple(labels.shape)}")
+        if bool(((labels != 0) & (labels != 1)).any()):
+            raise ValueError(f"labels must be 0 or 1, got {labels[(labels != 0) & (labels != 1)][0].item()}")
+        if len(self.utilities) != heads or self.primary not in self.heads:
+            raise ValueError(f"utilities and primary must be of {self.heads}, got {self.utilities} and {self.primary}")
+        _check_codes("user", self.requests.user, len(self.histories))
+        _check_codes("action_type", self.histories.columns["action_type"], self.num_action_types)
+
     def rows_of(self, part: str) -> Tensor:
         """The candidates of a part's requests."""
         return torch.nonzero(self.parts[part][self.candidates.request]).squeeze(1)
+
+
+def _check_codes(name: str, codes: Tensor, size: int) -> None:
+    if len(codes) and not 0 <= int(codes.min()) <= int(codes.max()) < size:
+        raise ValueError(f"{name} must be in [0, {size}), got {int(codes.min())} to {int(codes.max())}")
 
 
 def newest_before(histories: Timelines, rows: Tensor, times: Tensor) -> Tensor:

@@ -174,7 +174,7 @@ class Ranker(nn.Module):
             return self._read_once(batch, candidate)
         items, types, times, valid, request_time = (part[batch.request] for part in batch[2:7])
         if self.window is not None:
-            valid = valid & ~self.window(times, request_time, generator=generator)
+            valid = valid & ~self.window(times, request_time, valid=valid, generator=generator)
         if self.reads == "bst_positive":
             valid = valid & self.positive[types]
         if not isinstance(self.sequence, ActionTransformer):

@@ -368,8 +368,7 @@ class ActionTransformer(nn.Module):
         _checks.integers("action_time", action_time, *valid.shape)
         _checks.integers("request_time", request_time, valid.shape[0])
         late = valid & (action_time > request_time[:, None])
-        if _checks.readable(late) and bool(late.any()):
-            raise ValueError(f"action_time must not be after request_time where valid, got {int(late.sum())} that are")
+        _checks.none_late(late)
         # The difference is exact in int64; only then may it be rounded.
         age = (request_time[:, None] - action_time).masked_fill(~valid | late, 0)
         dtype = self.age.weight.dtype
