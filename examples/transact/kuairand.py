@@ -86,8 +86,8 @@ def load(options: KuaiRandOptions, part: Literal["kuairand_pure", "kuairand27k_e
         label_weights={head: {action: float(head == action) for action in heads} for head in heads},
         notes=(
             f"{seen.report['merged']} repeated rows are merged. Chunks of fewer than 4 impressions are trained on and "
-            "not judged. Nothing is randomised: position bias is in every figure. No user embedding: what came before the "
-            "first day has no times, so none can be learned from it.",
+            "not judged. Nothing is randomised: position bias is in every figure. No user embedding: what came before "
+            "the first day has no times, so none can be learned from it.",
         ),
     )
 
