@@ -46,6 +46,13 @@ def ranking(session: nox.Session) -> None:
 
 
 @nox.session
+def ranking_claims(session: nox.Session) -> None:
+    """Train rankers, three seeds each, and say which claims of TransAct come out; -- --data chooses on what (hours)."""
+    install(session, "examples")
+    session.run("python", "-m", "examples.transact.claims", *session.posargs, env=ONE_THREAD)
+
+
+@nox.session
 def worlds(session: nox.Session) -> None:
     """Train on three simulated worlds, three seeds each, and say which claims of the paper come out (hours)."""
     install(session, "examples")

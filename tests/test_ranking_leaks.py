@@ -34,7 +34,7 @@ from recblocks.timelines import kuairand as reader
 from recblocks.timelines.promotions import DISPLAY_LOCATIONS, MAILER_LOCATIONS
 from recblocks.timelines.sources import TEXT_FIELDS
 
-READ = ModelOptions(length=8, counts=True)
+READ = ModelOptions(length=8)
 DAY, WEEK = 86_400, 7 * 86_400
 Part = Literal["kuairand_pure", "kuairand27k_explicit"]
 Plant = Callable[..., RankingData]
@@ -46,7 +46,7 @@ def changed(before: RankingData, after: RankingData, cut: int) -> set[str]:
     shared = [key for key in ours if key in theirs]
     assert len(shared) >= 10
     told = [
-        Inputs(data, READ)(torch.tensor([place[key] for key in shared]))._asdict()
+        Inputs(data, READ, counts=True)(torch.tensor([place[key] for key in shared]))._asdict()
         for data, place in ((before, ours), (after, theirs))
     ]
     names = {name for name in told[0] if not torch.equal(told[0][name], told[1][name])}

@@ -38,7 +38,7 @@ class Options:
     """A year of shopping with what the stores promoted; a feed of short videos; or a simulated feed."""
     part: Literal["report", "choose"] = "report"
     """Which requests are judged: the last weeks, touched once, or those that hyperparameters are chosen on."""
-    models: tuple[Sequence, ...] = ("transact", "none")
+    models: tuple[Sequence, ...] = ("transact", "none", "average", "counts")
     """How each trained ranker reads the realtime sequence; the first one is compared with the others."""
     journey: tyro.conf.OmitArgPrefixes[JourneyOptions] = dataclasses.field(default_factory=JourneyOptions)
     kuairand: tyro.conf.OmitArgPrefixes[KuaiRandOptions] = dataclasses.field(default_factory=KuaiRandOptions)

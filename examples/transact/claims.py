@@ -118,13 +118,12 @@ def _variants(options: Options, seed: int) -> dict[str, Variant]:
     model, trained = options.model, dataclasses.replace(options.train, seed=seed)
     base = Variant("transact", model, trained)
     if options.data in ("completejourney", "kuairand_pure"):
-        counts = dataclasses.replace(model, counts=True)
         return {
             "TransAct": base,
             "none": Variant("none", model, trained),
             "average": Variant("average", model, trained),
-            "counts": Variant("none", counts, trained),
-            "TransAct + counts": Variant("transact", counts, trained),
+            "counts": Variant("counts", model, trained),
+            "TransAct + counts": Variant("transact_counts", model, trained),
         }
     return {
         "TransAct": base,

@@ -72,6 +72,10 @@ class RankingData:
     """"train", "choose", "report": (R,) bool."""
     label_weights: dict[str, dict[str, float]]
     """What each action adds to the weight of each head's cross entropy, [head][action] (TA Table 7)."""
+    epochs: int
+    """How often training reads them, unless it is told."""
+    negative_share: float
+    """Share of the candidates without any action that training reads, unless it is told."""
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

@@ -26,12 +26,14 @@ class JourneyOptions:
 
     unbought: int = 60
     """Promoted products that were not bought, drawn for each basket."""
-    baskets: int | None = 5_000
+    baskets: int | None = 20_000
     """Training baskets, drawn at random; None: all."""
     judged_baskets: int | None = 2_500
     """Baskets of each of the other parts."""
-    dim: int = 12
-    """Width of each kind of item vector: co-purchase before the training weeks, words, and identity."""
+    dim: int = 8
+    """Width of each kind of content vector: co-purchase before the training weeks, and words."""
+    identity_dim: int = 24
+    """Width of a product's fixed random vector, which tells it from any other."""
     exposure_seed: int = 0
 
 
@@ -84,6 +86,8 @@ def load(options: JourneyOptions, *, user_embedding: bool = True) -> RankingData
         ),
         parts={name: (asked["week"] >= low) & (asked["week"] <= high) for name, (low, high) in WEEKS.items()},
         label_weights={head: {action: float(head == action) for action in HEADS} for head in HEADS},
+        epochs=1,
+        negative_share=0.1,
         notes=(
             f"A basket that bought something promoted is a request; its candidates are that and {options.unbought} "
             "promoted products that it did not buy. That it saw them is assumed.",
@@ -193,14 +197,17 @@ def _popularity(histories: Timelines, promotions: Promotions, week: Tensor, item
 
 
 def _vectors(histories: Timelines, promotions: Promotions, options: JourneyOptions) -> Tensor:
-    """(P, 3 dim): what was bought by the same households before the training weeks, words, and identity."""
+    """(P, 2 dim + identity_dim): what the same households bought before the training weeks, words, and identity.
+
+    Identity is half as long again as the others, so that a product is nearest to itself by far.
+    """
     bought, _ = purchase_vectors(
         histories, _first_time(promotions) - 1, num_items=len(promotions.products), dim=options.dim
     )
     words = text_vectors(product_words(promotions.product_text), dim=options.dim)
     generator = torch.Generator().manual_seed(options.exposure_seed)
-    identity = torch.randn(len(promotions.products), options.dim, generator=generator) / options.dim**0.5
-    return torch.cat([bought, words, identity], 1)
+    identity = torch.randn(len(promotions.products), options.identity_dim, generator=generator)
+    return torch.cat([bought, words, 1.5 * identity / options.identity_dim**0.5], 1)
 
 
 def _user_embedding(histories: Timelines, promotions: Promotions, users: Tensor, times: Tensor) -> Tensor:

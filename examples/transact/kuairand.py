@@ -84,6 +84,8 @@ def load(options: KuaiRandOptions, part: Literal["kuairand_pure", "kuairand27k_e
             "report": (test == 1) & (size >= 4),
         },
         label_weights={head: {action: float(head == action) for action in heads} for head in heads},
+        epochs=3,
+        negative_share=1.0,
         notes=(
             f"{seen.report['merged']} repeated rows are merged. Chunks of fewer than 4 impressions are trained on and "
             "not judged. Nothing is randomised: position bias is in every figure. No user embedding: what came before "

@@ -21,9 +21,15 @@ from recblocks import (
     RNNAggregator,
 )
 
-Sequence = Literal["none", "average", "cnn", "rnn", "lstm", "bst", "bst_positive", "transact", "transact_untyped"]
+Sequence = Literal[
+    "none", "average", "cnn", "rnn", "lstm", "bst", "bst_positive", "transact", "transact_untyped",
+    "counts", "transact_counts",
+]  # fmt: skip
 """How the realtime sequence is read: not at all; by average pooling, a CNN, an RNN or an LSTM of the items (TA Table
-3); by BST, all or only positive actions (TA Table 1); by TransAct, with or without action types."""
+3); by BST, all or only positive actions (TA Table 1); by TransAct, with or without action types; as hand-made counts of
+how often the user met the item, its topic and each type; or by TransAct beside these counts."""
+
+TYPED = ("transact", "transact_counts")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,17 +38,18 @@ class ModelOptions:
 
     length: int = 50
     """Newest actions that are read, S."""
-    type_dim: int = 16
+    type_dim: int = 8
     num_layers: int = 2
     hidden_dim: int = 32
     """Width of the transformer's feed-forward network."""
-    dropout: float = 0.1
+    dropout: float = 0.0
+    """TransAct has 0.1; one epoch leaves nothing to regularise, and it costs a quarter of the time."""
+    start: Literal["match", "random"] = "match"
+    """How TransAct begins: attending to actions on items like the candidate, or as torch draws it."""
     num_slots: int = 10
     """First columns of the transformer's output that are kept beside the max pool, K."""
     window_hours: float = 24.0
     """Longest random time window that is masked in training (TA 3.3.4); 0: none."""
-    counts: bool = False
-    """Also read hand-made counts of the same S actions: how often the user met the item, its topic, each type."""
     user_embedding: bool = True
     """Read the user's embedding of the day before, where the data has one."""
     learned_ids: int = 0
@@ -82,15 +89,15 @@ class Batch(NamedTuple):
 class Inputs:
     """Finds a ranker's inputs for any rows of some data."""
 
-    def __init__(self, data: RankingData, options: ModelOptions) -> None:
+    def __init__(self, data: RankingData, options: ModelOptions, *, counts: bool = False) -> None:
         requests, candidates = data.requests, data.candidates
         per_item = [column[candidates.item] for column in data.item_categorical.values()]
         per_request = [column[candidates.request] for column in requests.categorical.values()]
         self.categorical = torch.stack([*candidates.categorical.values(), *per_item, *per_request], 1)
         tables = (candidates.categorical, data.item_categorical, requests.categorical)
         self.sizes = [int(column.max()) + 1 for table in tables for column in table.values()]
-        counts = [hand_made_counts(data, length=options.length)] if options.counts else []
-        self.numeric = torch.cat([candidates.numeric, *counts], 1)
+        counted = [hand_made_counts(data, length=options.length)] if counts else []
+        self.numeric = torch.cat([candidates.numeric, *counted], 1)
         has_users = options.user_embedding and requests.user_embedding is not None
         self.users = requests.user_embedding if has_users else torch.empty(len(requests.user), 0)
         self.data = data
@@ -200,14 +207,14 @@ class Ranker(nn.Module):
         return compressed
 
     def _types(self, types: Tensor) -> Tensor | None:
-        return types if self.reads == "transact" else None
+        return types if self.reads in TYPED else None
 
 
 def _sequence(
     data: RankingData, sequence: Sequence, options: ModelOptions, item_dim: int
 ) -> tuple[nn.Module | None, OutputCompression | None, int]:
     """What reads the sequence, what compresses its output, and how wide the result is."""
-    if sequence == "none":
+    if sequence in ("none", "counts"):
         return None, None, 0
     if sequence in ("average", "cnn", "rnn", "lstm"):
         made = {"cnn": CNNAggregator, "rnn": RNNAggregator, "lstm": LSTMAggregator}
@@ -217,7 +224,7 @@ def _sequence(
     bst = sequence.startswith("bst")
     transformer = ActionTransformer(
         item_dim=item_dim,
-        num_action_types=data.num_action_types if sequence == "transact" else None,
+        num_action_types=data.num_action_types if sequence in TYPED else None,
         type_dim=options.type_dim,
         num_layers=options.num_layers,
         hidden_dim=options.hidden_dim,
@@ -226,6 +233,28 @@ def _sequence(
         positions="learned" if bst else None,
         max_len=options.length + 1 if bst else None,
     )
+    if options.start == "match" and not bst:
+        start_from_matches(transformer, item_dim)
     compression = OutputCompression(options.num_slots)
     columns = compression.out_columns + (1 if bst else 0)  # BST's candidate has a slot of its own, the last
     return transformer, compression, columns * transformer.out_dim
+
+
+@torch.no_grad()
+def start_from_matches(transformer: ActionTransformer, item_dim: int) -> None:
+    """Let the untrained transformer find actions on the candidate itself, which minutes of training would not reach.
+
+    Layer 1 attends by the product of the candidate and each action's item. What it finds is taken from the candidate's
+    columns, where a match leaves nothing, and added to the type's: what was done. All else starts small.
+    """
+    layer = transformer.layers[0]
+    width = transformer.out_dim
+    types, items, candidate = torch.arange(width).split([width - 2 * item_dim, item_dim, item_dim])
+    found, done = torch.arange(width)[:item_dim], torch.arange(width)[item_dim : item_dim + len(types)]
+    layer.qkv.weight *= 0.1
+    layer.attention_out.weight *= 0.1
+    queries, keys, values = layer.qkv.weight.chunk(3)
+    queries[found, candidate] = keys[found, items] = 1.4
+    values[found, items] = values[done, types] = 1.0
+    layer.attention_out.weight[candidate, found] = -1.0
+    layer.attention_out.weight[types, done] = 1.0

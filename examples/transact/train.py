@@ -22,14 +22,16 @@ _SEEDED = threading.Lock()
 class TrainOptions:
     """How a ranker is trained."""
 
-    epochs: int = 2
+    epochs: int | None = None
+    """None: as suits the data."""
     batch_size: int = 1024
     learning_rate: float = 2e-3
     """The peak."""
     warmup: float = 0.1
     """Share of all steps in which the rate rises to its peak; then it falls to 0 as a cosine (TA 4.1.2)."""
-    negative_share: float = 0.25
-    """Share of the candidates without any action that is trained on; probabilities are corrected back."""
+    negative_share: float | None = None
+    """Share of the candidates without any action that is trained on; probabilities are corrected back. None: as suits
+    the data."""
     label_weights: Literal["plain", "matrix"] = "plain"
     """"plain": cross entropy. "matrix": the data's label-weight matrix on top (TA eq. 2)."""
     seed: int = 0
@@ -65,7 +67,7 @@ def train(
         on_step: called with the finished steps, all steps, and the loss.
     """
     device = torch.device(options.device)
-    inputs = Inputs(data, model_options)
+    inputs = Inputs(data, model_options, counts=sequence in ("counts", "transact_counts"))
     with _SEEDED:  # of two rankers built at once each draws from its own seed
         torch.manual_seed(options.seed)
         ranker = Ranker(data, inputs, sequence, model_options).to(device)
@@ -73,14 +75,18 @@ def train(
     generator = torch.Generator().manual_seed(options.seed)
     windows = torch.Generator(device).manual_seed(options.seed)
     rows = data.rows_of("train")
-    chance = sampling_chance(data.candidates.labels[rows], options.negative_share)
+    epochs = data.epochs if options.epochs is None else options.epochs
+    share = data.negative_share if options.negative_share is None else options.negative_share
+    labels = data.candidates.labels[rows]
+    chance = sampling_chance(labels, share)
+    start_from_rates(ranker, labels, chance)
     steps_an_epoch = math.ceil(float(chance.sum()) / options.batch_size)
-    steps = steps_an_epoch * options.epochs
+    steps = steps_an_epoch * epochs
     optimizer = torch.optim.AdamW(ranker.parameters(), lr=options.learning_rate, weight_decay=1e-4)
     matrix, base = (weights.to(device) for weights in _label_weights(data, options))
-    trained = Trained(ranker, inputs, options.negative_share, [])
+    trained = Trained(ranker, inputs, share, [])
     ranker.train()
-    for epoch in range(options.epochs):
+    for epoch in range(epochs):
         kept = torch.rand(len(rows), generator=generator) < chance
         order = rows[kept][torch.randperm(int(kept.sum()), generator=generator)]
         for batch, chosen in enumerate(order.tensor_split(steps_an_epoch)):
@@ -99,6 +105,13 @@ def train(
                 on_step(len(trained.loss), steps, trained.loss[-1])
     ranker.eval()
     return trained
+
+
+@torch.no_grad()
+def start_from_rates(ranker: Ranker, labels: Tensor, chance: Tensor) -> None:
+    """Let every head begin at how often its action is seen, which rare ones would not reach in one epoch."""
+    seen = torch.cat([labels, labels.amax(1, keepdim=True)], 1).sum(0) / chance.sum()
+    ranker.mlp[-1].bias.copy_(seen.clamp(1e-6, 1 - 1e-6).logit())
 
 
 @torch.no_grad()
