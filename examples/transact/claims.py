@@ -45,15 +45,6 @@ class Options:
 
 
 @dataclasses.dataclass(frozen=True)
-class Variant:
-    """A ranker by what it reads and how it is trained."""
-
-    reads: Reads
-    model: ModelOptions
-    train: TrainOptions
-
-
-@dataclasses.dataclass(frozen=True)
 class Claim:
     """One thing that ought to be seen: by some measure one ranker has more than another, or as much."""
 
@@ -92,8 +83,8 @@ def main(options: Options) -> None:
         data = _load(options, seed)
         jury = Jury(data, options.part)
         judged = {}
-        for name, variant in _variants(options, seed).items():
-            trained = train(data, variant.reads, variant.model, variant.train)
+        for name, (reads, how) in _rankers(options, seed).items():
+            trained = train(data, reads, options.model, how)
             judged[name] = jury.judge(name, predict(trained, jury.rows))
             rows.append([str(seed), name, *_figures(judged[name])])
             console.print(f"seed {seed}: {name}, {len(trained.loss)} steps, HIT@{K} of each head {rows[-1][2:]}")
@@ -114,25 +105,25 @@ def _load(options: Options, seed: int) -> RankingData:
     return world.load(WorldOptions(world=options.data, world_users=options.world_users, world_seed=seed))
 
 
-def _variants(options: Options, seed: int) -> dict[str, Variant]:
-    model, trained = options.model, dataclasses.replace(options.train, seed=seed)
-    base = Variant("transact", model, trained)
+def _rankers(options: Options, seed: int) -> dict[str, tuple[Reads, TrainOptions]]:
+    """What each reads and how it is trained, by name."""
+    trained = dataclasses.replace(options.train, seed=seed)
     if options.data in ("completejourney", "kuairand_pure"):
         return {
-            "TransAct": base,
-            "none": Variant("none", model, trained),
-            "average": Variant("average", model, trained),
-            "counts": Variant("counts", model, trained),
-            "TransAct + counts": Variant("transact_counts", model, trained),
+            "TransAct": ("transact", trained),
+            "none": ("none", trained),
+            "average": ("average", trained),
+            "counts": ("counts", trained),
+            "TransAct + counts": ("transact_counts", trained),
         }
     return {
-        "TransAct": base,
-        "TransAct, no window mask": Variant("transact", dataclasses.replace(model, window_hours=0), trained),
-        "TransAct, no types": Variant("transact_untyped", model, trained),
-        "TransAct, label matrix": Variant("transact", model, dataclasses.replace(trained, label_weights="matrix")),
-        "BST": Variant("bst", model, trained),
-        "average": Variant("average", model, trained),
-        "none": Variant("none", model, trained),
+        "TransAct": ("transact", trained),
+        "TransAct, no window mask": ("transact_unmasked", trained),
+        "TransAct, no types": ("transact_untyped", trained),
+        "TransAct, label matrix": ("transact", dataclasses.replace(trained, label_weights="matrix")),
+        "BST": ("bst", trained),
+        "average": ("average", trained),
+        "none": ("none", trained),
     }
 
 

@@ -22,14 +22,14 @@ from recblocks import (
 )
 
 Sequence = Literal[
-    "none", "average", "cnn", "rnn", "lstm", "bst", "bst_positive", "transact", "transact_untyped",
-    "counts", "transact_counts",
+    "none", "average", "cnn", "rnn", "lstm", "bst", "bst_positive",
+    "transact", "transact_untyped", "transact_unmasked", "counts", "transact_counts",
 ]  # fmt: skip
 """How the realtime sequence is read: not at all; by average pooling, a CNN, an RNN or an LSTM of the items (TA Table
-3); by BST, all or only positive actions (TA Table 1); by TransAct, with or without action types; as hand-made counts of
-how often the user met the item, its topic and each type; or by TransAct beside these counts."""
+3); by BST, all or only positive actions (TA Table 1); by TransAct, as it is, without action types, or without window
+mask; as hand-made counts of how often the user met the item, its topic and each type; by TransAct beside these."""
 
-TYPED = ("transact", "transact_counts")
+TYPED = ("transact", "transact_unmasked", "transact_counts")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +152,9 @@ class Ranker(nn.Module):
         self.norm = nn.BatchNorm1d(inputs.numeric.shape[1])
         self.reads = sequence
         day = 86_400 if data.histories.unit == "s" else 86_400_000
-        self.window = RandomTimeWindowMask(max_window=options.window_hours / 24 * day) if options.window_hours else None
+        self.window = None
+        if options.window_hours and sequence != "transact_unmasked":
+            self.window = RandomTimeWindowMask(max_window=options.window_hours / 24 * day)
         self.sequence, self.compression, sequence_dim = _sequence(data, sequence, options, item_dim)
         features = len(inputs.sizes) * options.embedding_dim + inputs.numeric.shape[1] + item_dim
         width = features + inputs.users.shape[1] + sequence_dim
