@@ -45,7 +45,7 @@ class ModelOptions:
     dropout: float = 0.0
     """TransAct has 0.1; one epoch leaves nothing to regularise, and it costs a quarter of the time."""
     start: Literal["match", "random"] = "match"
-    """How TransAct begins: attending to actions on items like the candidate, or as torch draws it."""
+    """How TransAct and BST begin: attending to actions on items like the candidate, or as torch draws it."""
     num_slots: int = 10
     """First columns of the transformer's output that are kept beside the max pool, K."""
     window_hours: float = 24.0
@@ -235,7 +235,7 @@ def _sequence(
         positions="learned" if bst else None,
         max_len=options.length + 1 if bst else None,
     )
-    if options.start == "match" and not bst:
+    if options.start == "match":
         start_from_matches(transformer, item_dim)
     compression = OutputCompression(options.num_slots)
     columns = compression.out_columns + (1 if bst else 0)  # BST's candidate has a slot of its own, the last
@@ -247,12 +247,14 @@ def start_from_matches(transformer: ActionTransformer, item_dim: int) -> None:
     """Let the untrained transformer find actions on the candidate itself, which minutes of training would not reach.
 
     Layer 1 attends by the product of the candidate and each action's item. What it finds is taken from the candidate's
-    columns, where a match leaves nothing, and added to the type's: what was done. All else starts small.
+    columns, where a match leaves nothing, and added to the type's: what was done. All else starts small. An appended
+    candidate is a token like an action, and its columns are those of the items.
     """
     layer = transformer.layers[0]
-    width = transformer.out_dim
-    types, items, candidate = torch.arange(width).split([width - 2 * item_dim, item_dim, item_dim])
-    found, done = torch.arange(width)[:item_dim], torch.arange(width)[item_dim : item_dim + len(types)]
+    columns = torch.arange(transformer.out_dim)
+    type_dim = len(columns) - item_dim * (2 if transformer.fusion == "concat" else 1)
+    types, items, candidate = columns[:type_dim], columns[type_dim : type_dim + item_dim], columns[-item_dim:]
+    found, done = columns[:item_dim], columns[item_dim : item_dim + type_dim]
     layer.qkv.weight *= 0.1
     layer.attention_out.weight *= 0.1
     queries, keys, values = layer.qkv.weight.chunk(3)

@@ -78,7 +78,7 @@ def load(options: WorldOptions) -> RankingData:
             "click": {"save": 0.0, "closeup": 0.0, "click": 10.0, "hide": 10.0},
             "hide": {"save": 0.5, "closeup": 0.1, "click": 0.1, "hide": 1.0},
         },
-        epochs=1,
+        epochs=2,
         negative_share=0.25,
         notes=(
             f"{int((~known).sum())} requests of users who never do anything are left out. No user embedding: training "
