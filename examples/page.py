@@ -6,13 +6,15 @@ import base64
 import html
 import io
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
+
+from recblocks import Interval
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
@@ -32,6 +34,19 @@ class Table(NamedTuple):
     headings: Sequence[str]
     rows: Sequence[Sequence[str]]
     marked: Sequence[int] = ()
+
+
+def who_wins(ours: str, less: Mapping[str, Interval]) -> list[str]:
+    """Say plainly who is better than ours, by how much more ours has than each of the others."""
+    groups: dict[str, list[str]] = {"better": [], "equal": [], "worse": []}
+    for name, interval in less.items():
+        groups["worse" if interval.low > 0 else "better" if interval.high < 0 else "equal"].append(name)
+    sentences = {
+        "better": f"Better than {ours}: {'; '.join(groups['better'])}.",
+        "equal": f"Not told apart from {ours}: {'; '.join(groups['equal'])}.",
+        "worse": f"{ours} is better than: {'; '.join(groups['worse'])}.",
+    }
+    return [sentence for group, sentence in sentences.items() if groups[group]]
 
 
 def write_page(

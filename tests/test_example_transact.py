@@ -251,6 +251,12 @@ def test_probabilities_are_corrected_for_the_negatives_left_out(share: float) ->
     torch.testing.assert_close(corrected(sampled, share), torch.tensor([[0.03, 0.09]], dtype=torch.float64))
 
 
+@pytest.mark.parametrize("share", [0.0, -0.5, 1.5])
+def test_a_share_of_negatives_that_is_none_is_named(data: RankingData, share: float) -> None:
+    with pytest.raises(ValueError, match=r"negative_share must be above 0 and at most 1, got"):
+        train(data, "none", SMALL, TrainOptions(negative_share=share))
+
+
 def test_training_repeats_itself(data: RankingData) -> None:
     options = TrainOptions(epochs=3, batch_size=256)
     one, two = (train(data, "transact", SMALL, options) for _ in range(2))

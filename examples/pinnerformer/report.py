@@ -13,7 +13,7 @@ from rich.console import Console
 from torch import Tensor
 
 import recblocks
-from examples.page import Table, curves, empty_plot, legend, line, write_page
+from examples.page import Table, curves, empty_plot, legend, line, who_wins, write_page
 from examples.pinnerformer.data import Dataset
 from examples.pinnerformer.evaluate import LIST, Judged, K
 from recblocks import Interval
@@ -64,18 +64,7 @@ def compare(data: Dataset, judged: Sequence[Judged], *, num_resamples: int = 10_
 
 def verdict(rows: Sequence[Row]) -> list[str]:
     """Say plainly who wins."""
-    model = rows[0].name
-    groups: dict[str, list[str]] = {"wins": [], "loses": [], "equal": []}
-    for row in rows[1:]:
-        assert row.less is not None
-        result = "loses" if row.less.low > 0 else "wins" if row.less.high < 0 else "equal"
-        groups[result].append(row.name)
-    sentences = {
-        "wins": f"Better than {model}: {'; '.join(groups['wins'])}.",
-        "equal": f"Not told apart from {model}: {'; '.join(groups['equal'])}.",
-        "loses": f"{model} is better than: {'; '.join(groups['loses'])}.",
-    }
-    return [sentence for result, sentence in sentences.items() if groups[result]]
+    return who_wins(rows[0].name, {row.name: row.less for row in rows[1:] if row.less is not None})
 
 
 def show(console: Console, title: str, rows: Sequence[Row], notes: Sequence[str]) -> None:

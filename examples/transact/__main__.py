@@ -67,11 +67,11 @@ def main(options: Options) -> None:
     trained = train_all(console, data, options)
     judged = [jury.judge(name, predict(ranker, jury.rows)) for name, ranker in trained.items()]
     judged += [jury.judge(name, scores, is_model=False) for name, scores in rules(data, jury.rows, options).items()]
-    judged.append(jury.oracle())
+    less = report.compare(jury, judged)
     write_scores(options.out / "scores.parquet", jury, judged)
-    notes = [*data.notes, f"Took {time.monotonic() - began:.0f} s."]
+    tables = report.tables(jury, [*judged, jury.oracle()], less)
+    notes = [*report.verdict(jury, judged, less), *data.notes, f"Took {time.monotonic() - began:.0f} s."]
     losses = {name: ranker.loss for name, ranker in trained.items()}
-    tables = report.tables(jury, judged)
     report.show(console, tables, notes)
     report.write(options.out / "report.html", data.name, tables, report.plots(jury, judged, losses), notes)
     console.print(f"Wrote {options.out / 'report.html'} and {options.out / 'scores.parquet'}")

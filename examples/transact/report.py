@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import rich.table
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from examples.page import Table, curves, empty_plot, legend, write_page
+from examples.page import Table, curves, empty_plot, legend, who_wins, write_page
 from examples.transact.evaluate import Judged, Jury, K
 from recblocks import Interval
 
@@ -43,11 +44,41 @@ def plots(jury: Jury, judged: Sequence[Judged], losses: dict[str, list[float]]) 
     return figures | {"Loss, mean of 20 steps": curves(losses, "loss")}
 
 
-def tables(jury: Jury, judged: Sequence[Judged]) -> list[Table]:
-    """One table a head, and what the first ranker wins or loses."""
-    data = jury.data
+class Less(NamedTuple):
+    """What the first ranker has more than another, in the primary head; distinct topics are of no head."""
+
+    hit: Interval
+    auc: Interval
+    chunk_auc: Interval
+    topics: Interval
+
+
+def compare(jury: Jury, judged: Sequence[Judged]) -> dict[str, Less]:
+    """The first ranker less each of the others, by the others' names."""
+    first, head = judged[0], jury.data.heads.index(jury.data.primary)
+    return {
+        other.name: Less(
+            jury.less_hit(first, other, head),
+            jury.less_auc(first, other, head),
+            jury.less_chunk_auc(first, other, head),
+            jury.less_diverse(first, other),
+        )
+        for other in judged[1:]
+    }
+
+
+def verdict(jury: Jury, judged: Sequence[Judged], less: Mapping[str, Less]) -> list[str]:
+    """Say plainly who wins."""
+    head, first = jury.data.primary, judged[0].name
+    hits = who_wins(first, {name: each.hit for name, each in less.items()})
+    inside = who_wins(first, {name: each.chunk_auc for name, each in less.items()})
+    return [f"By HIT@{K} of {head}: {' '.join(hits)}", f"By AUC in requests of {head}: {' '.join(inside)}"]
+
+
+def tables(jury: Jury, judged: Sequence[Judged], less: Mapping[str, Less]) -> list[Table]:
+    """One table a head, diversity, and what the first ranker wins or loses."""
     result = []
-    for place, head in enumerate(data.heads):
+    for place, head in enumerate(jury.data.heads):
         rows = []
         for one in judged:
             found = jury.head(one, place)
@@ -60,14 +91,9 @@ def tables(jury: Jury, judged: Sequence[Judged]) -> list[Table]:
         result.append(Table(head, headings, rows, [0]))
     rows = [[one.name, _text(jury.diversity(one))] for one in judged]
     result.append(Table("Diversity", ("ranker", f"distinct topics in the top {K}"), rows, [0]))
-    place, measures = data.heads.index(data.primary), (jury.less_hit, jury.less_auc, jury.less_chunk_auc)
-    rows = [
-        [other.name, *(_text(less(judged[0], other, place), "+") for less in measures),
-         _text(jury.less_diverse(judged[0], other), "+")]
-        for other in judged[1:]
-    ]  # fmt: skip
+    rows = [[name, *(_text(interval, "+") for interval in each)] for name, each in less.items()]
     headings = ("less", f"HIT@{K} a request", "AUC", "AUC in requests", "distinct topics")
-    result.append(Table(f"{judged[0].name} minus the others, {data.primary}", headings, rows))
+    result.append(Table(f"{judged[0].name} minus the others, {jury.data.primary}", headings, rows))
     return result
 
 

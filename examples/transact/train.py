@@ -77,6 +77,8 @@ def train(
     rows = data.rows_of("train")
     epochs = data.epochs if options.epochs is None else options.epochs
     share = data.negative_share if options.negative_share is None else options.negative_share
+    if not 0 < share <= 1:
+        raise ValueError(f"negative_share must be above 0 and at most 1, got {share}")
     labels = data.candidates.labels[rows]
     chance = sampling_chance(labels, share)
     start_from_rates(ranker, labels, chance)
