@@ -114,7 +114,6 @@ def _rankers(options: Options, seed: int) -> dict[str, tuple[Reads, TrainOptions
             "none": ("none", trained),
             "average": ("average", trained),
             "counts": ("counts", trained),
-            "TransAct + counts": ("transact_counts", trained),
         }
     return {
         "TransAct": ("transact", trained),
