@@ -178,10 +178,10 @@ class Ranker(nn.Module):
         return fixed if self.learned is None else torch.cat([fixed, self.learned(rows)], -1)
 
     def _read(self, batch: Batch, candidate: Tensor, generator: torch.Generator | None) -> Tensor:
-        shared = isinstance(self.sequence, ActionTransformer) and self.sequence.fusion == "concat" and not self.training
-        if shared:
+        if isinstance(self.sequence, ActionTransformer) and self.sequence.fusion == "concat" and not self.training:
             return self._read_once(batch, candidate)
-        items, types, times, valid, request_time = (part[batch.request] for part in batch[2:7])
+        known = (batch.items, batch.types, batch.times, batch.valid, batch.request_time)
+        items, types, times, valid, request_time = (part[batch.request] for part in known)
         if self.window is not None:
             valid = valid & ~self.window(times, request_time, valid=valid, generator=generator)
         if self.reads == "bst_positive":
@@ -196,7 +196,7 @@ class Ranker(nn.Module):
         return compressed
 
     def _read_once(self, batch: Batch, candidate: Tensor) -> Tensor:
-        """The same, with each request's sequence encoded once for all its candidates."""
+        """The same where nothing is drawn, with each request's sequence encoded once for all its candidates."""
         encoded = self.sequence.encode_user(self._vectors(batch.items), self._types(batch.types), valid=batch.valid)
         order = batch.request.argsort(stable=True)
         size = torch.bincount(batch.request)
