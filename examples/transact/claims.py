@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -14,6 +14,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from examples.side_by_side import OnStep, train_side_by_side
 from examples.transact import journey, kuairand, world
 from examples.transact.data import RankingData
 from examples.transact.evaluate import Judged, Jury, K
@@ -21,7 +22,7 @@ from examples.transact.journey import JourneyOptions
 from examples.transact.kuairand import KuaiRandOptions
 from examples.transact.model import ModelOptions
 from examples.transact.model import Sequence as Reads
-from examples.transact.train import TrainOptions, predict, train
+from examples.transact.train import Trained, TrainOptions, predict, train
 from examples.transact.world import WorldOptions
 from recblocks import Interval
 
@@ -42,6 +43,9 @@ class Options:
     model: tyro.conf.OmitArgPrefixes[ModelOptions] = dataclasses.field(default_factory=ModelOptions)
     train: tyro.conf.OmitArgPrefixes[TrainOptions] = dataclasses.field(default_factory=TrainOptions)
     threads: int = 1
+    """CPU threads of each ranker."""
+    jobs: int = 2
+    """Rankers trained at a time."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,28 +77,30 @@ class Claim:
 
 
 def main(options: Options) -> None:
-    """Train, judge and compare, seed by seed."""
+    """Train, judge and compare, seed by seed; what a seed says is printed when it is known."""
     torch.set_num_threads(options.threads)
     console = Console(width=150)
     claims = _claims(options.data)
     found: list[list[Interval]] = [[] for _ in claims]
-    rows: list[list[str]] = []
     for seed in range(options.seeds):
         data = _load(options, seed)
         jury = Jury(data, options.part)
-        judged = {}
-        for name, (reads, how) in _rankers(options, seed).items():
-            trained = train(data, reads, options.model, how)
-            judged[name] = jury.judge(name, predict(trained, jury.rows))
-            rows.append([str(seed), name, *_figures(judged[name])])
-            console.print(f"seed {seed}: {name}, {len(trained.loss)} steps, HIT@{K} of each head {rows[-1][2:]}")
+        rankers = {name: _training(data, options, *how) for name, how in _rankers(options, seed).items()}
+        trained = train_side_by_side(console, rankers, jobs=options.jobs)
+        judged = {name: jury.judge(name, predict(ranker, jury.rows)) for name, ranker in trained.items()}
+        headings = ("ranker", *(f"HIT@{K} of {head}" for head in data.heads), "distinct topics")
+        rows = [[name, *_figures(each)] for name, each in judged.items()]
+        console.print(_table(f"{data.name}, {options.part}, seed {seed}", headings, rows))
         for claim, intervals in zip(claims, found, strict=True):
             intervals.append(claim.less(jury, judged))
-    headings = ("seed", "ranker", *(f"HIT@{K} of {head}" for head in data.heads), "distinct topics")
-    console.print(_table(f"{data.name}, {options.part}", headings, rows))
+            console.print(f"{claim.text()}: {_text(intervals[-1])}")
     seeds = [f"seed {seed}, 95 %" for seed in range(options.seeds)]
     verdicts = [_row(claim, intervals) for claim, intervals in zip(claims, found, strict=True)]
     console.print(_table("expected, and what came out", ("expected", "mean", *seeds, "verdict"), verdicts))
+
+
+def _training(data: RankingData, options: Options, reads: Reads, how: TrainOptions) -> Callable[[OnStep], Trained]:
+    return lambda on_step: train(data, reads, options.model, how, on_step=on_step)
 
 
 def _load(options: Options, seed: int) -> RankingData:
@@ -161,8 +167,11 @@ def _figures(judged: Judged) -> list[str]:
 
 def _row(claim: Claim, found: Sequence[Interval]) -> list[str]:
     mean = sum(one.mean for one in found) / len(found)
-    intervals = [f"{one.mean:+.4f} [{one.low:+.4f}, {one.high:+.4f}]" for one in found]
-    return [claim.text(), f"{mean:+.4f}", *intervals, _verdict(claim, mean, found)]
+    return [claim.text(), f"{mean:+.4f}", *map(_text, found), _verdict(claim, mean, found)]
+
+
+def _text(less: Interval) -> str:
+    return f"{less.mean:+.4f} [{less.low:+.4f}, {less.high:+.4f}]"
 
 
 def _verdict(claim: Claim, mean: float, found: Sequence[Interval]) -> str:
