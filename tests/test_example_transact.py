@@ -89,12 +89,13 @@ def test_nothing_that_happens_from_the_request_on_reaches_its_features(data: Ran
     assert not torch.equal(data.histories.columns["row"], other.histories.columns["row"])
     for one, two in zip(Inputs(data, SMALL, counts=True)(rows), Inputs(other, SMALL, counts=True)(rows), strict=True):
         assert torch.equal(one, two)
-    # The check can fail: let a request know its own outcome, as a sequence that is not frozen does.
+    # The check can fail: let a request count its own outcome, as a sequence that is not frozen does.
     late = dataclasses.replace(data.requests, newest=(data.requests.newest - 1).clamp(min=0))
     leaking = dataclasses.replace(data, requests=late), dataclasses.replace(other, requests=late)
-    seen = [Inputs(each, SMALL, counts=True)(rows) for each in leaking]
-    assert not torch.equal(seen[0].items, seen[1].items)
+    seen = [Inputs(each, SMALL, counts=True) for each in leaking]
     assert not torch.equal(seen[0].numeric, seen[1].numeric)
+    with pytest.raises(ValueError, match="actions must be before their request, got"):
+        seen[0](rows)
 
 
 def test_labels_reach_no_feature(data: RankingData) -> None:
@@ -136,7 +137,7 @@ def test_every_way_to_read_a_sequence_ignores_padding_and_answers_without_any_ac
     torch.testing.assert_close(alone, logits[:1], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("sequence", get_args(Sequence))
+@pytest.mark.parametrize("sequence", ["transact", "transact_untyped", "transact_counts"])
 def test_a_request_whose_every_action_is_masked_is_trained_on_as_one_without_any(
     data: RankingData, sequence: Sequence
 ) -> None:
@@ -153,19 +154,29 @@ def test_a_request_whose_every_action_is_masked_is_trained_on_as_one_without_any
         assert parameter.grad is None or parameter.grad.isfinite().all()
 
 
-def test_an_action_in_the_future_of_its_request_is_an_error_in_training(data: RankingData) -> None:
-    late = dataclasses.replace(data.requests, newest=(data.requests.newest - 3).clamp(min=0))
-    with pytest.raises(ValueError, match="action_time must not be after request_time where valid"):
-        train(dataclasses.replace(data, requests=late), "average", SMALL, TrainOptions(epochs=1))
+@pytest.mark.parametrize("earlier", [0, 1])
+def test_an_action_that_is_not_before_its_request_is_an_error(data: RankingData, earlier: int) -> None:
+    newest = data.requests.newest
+    some = newest < data.histories.ends[data.requests.user]
+    time = torch.where(
+        some, data.histories.columns["time"][newest.clamp(max=len(data.histories.columns["time"]) - 1)], 0
+    )
+    late = dataclasses.replace(data.requests, time=torch.where(some, time - earlier, data.requests.time))
+    inputs = Inputs(dataclasses.replace(data, requests=late), SMALL)
+    with pytest.raises(ValueError, match="actions must be before their request, got"):
+        inputs(torch.arange(400))
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (lambda data: {"heads": data.heads[::-1]}, r"heads must be the labels' names in their order, .* got \('hide'"),
         (
-            lambda data: {"heads": data.heads[:3]},
-            r"labels must have shape \(\d+, 3\), a column for each of save, .* got",
+            lambda data: {"candidates": with_labels(data, data.candidates.labels[:, :3])},
+            r"labels must have shape \(\d+, 4\), a column for each of save, .* got",
         ),
+        (lambda data: {"candidates": with_items(data, -1)}, r"item must be in \[0, 5000\), got -1 to"),
+        (lambda data: {"vectors": data.vectors[:40]}, r"item must be in \[0, 40\), got 0 to"),
         (lambda data: {"candidates": with_labels(data, data.candidates.labels[1:])}, "labels must have shape"),
         (lambda data: {"candidates": with_labels(data, -data.candidates.labels)}, r"labels must be 0 or 1, got -1\.0"),
         (lambda data: {"candidates": with_labels(data, data.candidates.labels / 0)}, "labels must be 0 or 1, got nan"),
@@ -183,6 +194,12 @@ def test_bad_data_are_named(data: RankingData, change: Callable[[RankingData], d
 
 def with_labels(data: RankingData, labels: torch.Tensor) -> Candidates:
     return dataclasses.replace(data.candidates, labels=labels)
+
+
+def with_items(data: RankingData, item: int) -> Candidates:
+    items = data.candidates.item.clone()
+    items[3] = item
+    return dataclasses.replace(data.candidates, item=items)
 
 
 def with_user(data: RankingData, user: int) -> Requests:
@@ -312,8 +329,16 @@ def test_claims_are_judged_on_every_seed(capsys: pytest.CaptureFixture[str]) -> 
         ("less", 0.0, [(-0.3, -0.1), (-0.2, -0.1)], True),
         ("less", 0.0, [(-0.3, -0.1), (-0.2, 0.1)], False),
         ("same", 0.0, [(-0.3, 0.1), (-0.2, 0.1)], True),
-        ("same", 0.0, [(-0.3, 0.1), (0.1, 0.2)], False),
-        ("same", 0.0, [(-0.3, -0.1), (-0.1, 0.2)], False),
+        ("same", 0.0, [(-0.3, 0.1), (0.1, 0.2)], True),  # one of two beside 0 is no effect: mean 0.025
+        ("same", 0.0, [(-0.3, -0.1), (-0.2, 0.1)], False),  # mean -0.125, half a width of sqrt(.1² + .15²) / 2 = 0.09
+        (
+            "same",
+            0.0,
+            [(-0.02, 0.1), (0.01, 0.2)],
+            False,
+        ),  # mean 0.0725, half a width of sqrt(.06² + .095²) / 2 = 0.056
+        ("within", 0.01, [(-0.1, 0.1), (-0.1, 0.09)], True),  # mean -0.0025
+        ("within", 0.01, [(-0.1, 0.1), (-0.1, 0.04)], False),  # mean -0.015
         ("not less", 0.0, [(-0.3, 0.1), (0.1, 0.2)], True),
         ("not less", 0.0, [(-0.3, -0.1), (0.1, 0.2)], False),
     ],

@@ -195,6 +195,11 @@ NONE = torch.zeros(0, dtype=torch.int64)
         (lambda: distinct_in_top_k(SCORE[:0], NONE, NONE, NONE), ValueError, ["scores", "none"]),
         (lambda: blend_scores(SCORE, SCORE), ValueError, ["probabilities", "(N, H)"]),
         (lambda: blend_scores(LABELS / 0, SCORE[:2]), ValueError, ["probabilities", "NaN"]),
+        (
+            lambda: blend_scores(torch.full((3, 2), torch.inf), SCORE[:2]),
+            ValueError,
+            ["probabilities", "finite", "inf"],
+        ),
         (lambda: distinct_in_top_k(SCORE / 0, SAME, SAME, SAME), ValueError, ["scores", "NaN"]),
         (lambda: blend_scores(LABELS, SCORE), ValueError, ["utilities", "(2)", "(3,)"]),
         (lambda: blend_scores(LABELS, SCORE[:2] / 0), ValueError, ["utilities", "finite"]),

@@ -41,14 +41,17 @@ Plant = Callable[..., RankingData]
 
 
 def changed(before: RankingData, after: RankingData, cut: int) -> set[str]:
-    """What a ranker is told of the requests up to the cut, their last week, and is not the same in both."""
+    """What a ranker is told of the requests up to the cut, their last week, and is not the same in both; or a refusal."""
     ours, theirs = _places(before, cut), _places(after, cut)
     shared = [key for key in ours if key in theirs]
     assert len(shared) >= 10
-    told = [
-        Inputs(data, READ, counts=True)(torch.tensor([place[key] for key in shared]))._asdict()
-        for data, place in ((before, ours), (after, theirs))
-    ]
+    try:
+        told = [
+            Inputs(data, READ, counts=True)(torch.tensor([place[key] for key in shared]))._asdict()
+            for data, place in ((before, ours), (after, theirs))
+        ]
+    except ValueError as error:
+        return {"refused"} if "actions must be before their request" in str(error) else {str(error)}
     names = {name for name in told[0] if not torch.equal(told[0][name], told[1][name])}
     return names if torch.equal(before.vectors, after.vectors) else {*names, "vectors"}
 
@@ -255,8 +258,8 @@ def vectors_of_everybody(data: RankingData, _: object) -> RankingData:
 
 
 FEED_LEAKS: dict[str, tuple[Plant, str]] = {
-    "a sequence that changes inside the chunk": (unfrozen, "types"),
-    "ties in time": (up_to_the_request, "times"),
+    "a sequence that changes inside the chunk": (unfrozen, "refused"),
+    "ties in time": (up_to_the_request, "refused"),
     **{f"{name} as a feature": (measured(name), "numeric") for name in NEVER},
     "counts of the item table": (undated_counts, "numeric"),
     "popularity of the same day": (popularity(days=0), "numeric"),
@@ -458,8 +461,8 @@ def vectors_of_training(data: RankingData, raw: tuple[Promotions, Source]) -> Ra
 
 
 JOURNEY_LEAKS: dict[str, tuple[Plant, str]] = {
-    "a basket's own lines": (up_to_the_request, "types"),
-    "another basket of the same time": (past_the_other_basket, "types"),
+    "a basket's own lines": (up_to_the_request, "refused"),
+    "another basket of the same time": (past_the_other_basket, "refused"),
     "the transaction's discount": (own_discount, "numeric"),
     "popularity of the same week": (popularity_of_the_week, "numeric"),
     "vectors fitted on training weeks": (vectors_of_training, "vectors"),

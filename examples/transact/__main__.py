@@ -38,7 +38,7 @@ class Options:
     """A year of shopping with what the stores promoted; a feed of short videos; or a simulated feed."""
     part: Literal["report", "choose"] = "report"
     """Which requests are judged: the last weeks, touched once, or those that hyperparameters are chosen on."""
-    models: tuple[Sequence, ...] = ("transact", "none", "average", "counts")
+    models: tuple[Sequence, ...] = ("transact", "transact_unmasked", "average", "counts", "none")
     """How each trained ranker reads the realtime sequence; the first one is compared with the others."""
     journey: tyro.conf.OmitArgPrefixes[JourneyOptions] = dataclasses.field(default_factory=JourneyOptions)
     kuairand: tyro.conf.OmitArgPrefixes[KuaiRandOptions] = dataclasses.field(default_factory=KuaiRandOptions)
@@ -67,9 +67,9 @@ def main(options: Options) -> None:
     trained = train_all(console, data, options)
     judged = [jury.judge(name, predict(ranker, jury.rows)) for name, ranker in trained.items()]
     judged += [jury.judge(name, scores, is_model=False) for name, scores in rules(data, jury.rows, options).items()]
-    less = report.compare(jury, judged)
+    less = report.compare_all(jury, judged)
     write_scores(options.out / "scores.parquet", jury, judged)
-    tables = report.tables(jury, [*judged, jury.oracle()], less)
+    tables = report.tables(jury, judged, less)
     notes = [*report.verdict(jury, judged, less), *data.notes, f"Took {time.monotonic() - began:.0f} s."]
     losses = {name: ranker.loss for name, ranker in trained.items()}
     report.show(console, tables, notes)
@@ -123,7 +123,7 @@ def write_scores(path: pathlib.Path, jury: Jury, judged: list[Judged]) -> None:
         "user": data.histories.users[jury.user],
         "request": jury.request,
         "time": data.requests.time[jury.request],
-        "item_row": data.candidates.item[jury.rows],
+        "item": data.items[data.candidates.item[jury.rows]],
         **{f"label_{head}": jury.labels[:, place] for place, head in enumerate(data.heads)},
         **{
             f"{one.name}_{head}": one.probabilities[:, place]

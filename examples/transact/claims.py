@@ -17,7 +17,7 @@ from rich.table import Table
 from examples.side_by_side import OnStep, train_side_by_side
 from examples.transact import journey, kuairand, world
 from examples.transact.data import RankingData
-from examples.transact.evaluate import Judged, Jury, K
+from examples.transact.evaluate import Judged, Jury
 from examples.transact.journey import JourneyOptions
 from examples.transact.kuairand import KuaiRandOptions
 from examples.transact.model import ModelOptions
@@ -48,32 +48,41 @@ class Options:
     """Rankers trained at a time."""
 
 
+Measure = Literal["HIT@3", "AUC", "AUC in requests", "distinct categories"]
+
+
 @dataclasses.dataclass(frozen=True)
 class Claim:
     """One thing that ought to be seen: by some measure one ranker has more than another, or as much."""
 
     one: str
     other: str
-    measure: Literal["HIT@3", "AUC", "AUC in requests", "distinct topics"]
+    measure: Measure
     head: str | None
-    """Whose actions are measured; distinct topics are of no head."""
-    expected: Literal["more", "less", "same", "not less"] = "more"
+    """Whose actions are measured; distinct categories are of no head."""
+    expected: Literal["more", "less", "same", "not less", "within", "open"] = "more"
     bar: float = 0.0
-    """How much more the mean over the seeds ought to be."""
+    """How much more the mean over the seeds ought to be, or with "within" how much of the other's it may lose."""
 
     def text(self) -> str:
         """The claim in words."""
         what = self.measure if self.head is None else f"{self.measure} of {self.head}"
-        sign = {"more": ">", "less": "<", "same": "=", "not less": "not below"}[self.expected]
-        return f"{what}: {self.one} {sign} {self.other}" + (f" by {self.bar:g}" if self.bar else "")
+        sign = {"more": ">", "less": "<", "same": "=", "not less": "not below", "within": "/", "open": "against"}
+        bar = {"more": f" by {self.bar:g}" if self.bar else "", "within": f" - 1 not below -{self.bar:.0%}"}
+        return f"{what}: {self.one} {sign[self.expected]} {self.other}{bar.get(self.expected, '')}"
 
     def less(self, jury: Jury, judged: dict[str, Judged]) -> Interval:
-        """What one ranker has more than the other."""
+        """What one ranker has more than the other; as a share of the other's with "within"."""
         one, other = judged[self.one], judged[self.other]
         if self.head is None:
             return jury.less_diverse(one, other)
+        head = jury.data.heads.index(self.head)
         less = {"HIT@3": jury.less_hit, "AUC": jury.less_auc, "AUC in requests": jury.less_chunk_auc}
-        return less[self.measure](one, other, jury.data.heads.index(self.head))
+        found = less[self.measure](one, other, head)
+        if self.expected != "within":
+            return found
+        whole = jury.figure(other, self.measure, head)
+        return Interval(*(value / whole for value in found))
 
 
 def main(options: Options) -> None:
@@ -88,8 +97,9 @@ def main(options: Options) -> None:
         rankers = {name: _training(data, options, *how) for name, how in _rankers(options, seed).items()}
         trained = train_side_by_side(console, rankers, jobs=options.jobs)
         judged = {name: jury.judge(name, predict(ranker, jury.rows)) for name, ranker in trained.items()}
-        headings = ("ranker", *(f"HIT@{K} of {head}" for head in data.heads), "distinct topics")
-        rows = [[name, *_figures(each)] for name, each in judged.items()]
+        shown = list(dict.fromkeys((claim.measure, claim.head) for claim in claims))
+        headings = ("ranker", *(measure if head is None else f"{measure} of {head}" for measure, head in shown))
+        rows = [[name, *(f"{_figure(jury, each, *what):.4f}" for what in shown)] for name, each in judged.items()]
         console.print(_table(f"{data.name}, {options.part}, seed {seed}", headings, rows))
         for claim, intervals in zip(claims, found, strict=True):
             intervals.append(claim.less(jury, judged))
@@ -105,7 +115,7 @@ def _training(data: RankingData, options: Options, reads: Reads, how: TrainOptio
 
 def _load(options: Options, seed: int) -> RankingData:
     if options.data == "completejourney":
-        return journey.load(options.journey)
+        return journey.load(options.journey, user_embedding=options.model.user_embedding)
     if options.data == "kuairand_pure":
         return kuairand.load(options.kuairand, options.data)
     return world.load(WorldOptions(world=options.data, world_users=options.world_users, world_seed=seed))
@@ -134,23 +144,24 @@ def _rankers(options: Options, seed: int) -> dict[str, tuple[Reads, TrainOptions
 
 def _claims(data: str) -> list[Claim]:
     if data == "completejourney":
-        against = ("none", "average")
-        claims = [Claim("TransAct", other, "AUC in requests", "buy") for other in against]
-        return claims + [Claim("TransAct", other, "HIT@3", "buy") for other in against]
+        measures: tuple[Measure, ...] = ("AUC in requests", "HIT@3")
+        against = [Claim("TransAct", other, measure, "buy") for measure in measures for other in ("none", "average")]
+        return against + [Claim("TransAct", "counts", measure, "buy", "open") for measure in measures]
     if data == "kuairand_pure":
-        return [
+        claims = [
             Claim("TransAct", "none", "AUC", "long_view", bar=0.008),
             Claim("TransAct", "average", "AUC", "long_view", bar=0.005),
             Claim("TransAct", "none", "AUC", "like", bar=0.035),
             Claim("TransAct", "average", "AUC", "like", bar=0.035),
-            Claim("TransAct", "none", "HIT@3", "long_view", "not less"),
-            Claim("TransAct", "average", "HIT@3", "long_view", "not less"),
         ]
+        for head in ("long_view", "like"):
+            claims += [Claim("TransAct", other, "HIT@3", head, "within", 0.01) for other in ("none", "average")]
+        return claims + [Claim("TransAct", "counts", "AUC", head, "open") for head in ("long_view", "like")]
     claims = [
         Claim("TransAct", "BST", "HIT@3", "save"),
         Claim("BST", "average", "HIT@3", "save"),
         Claim("TransAct", "TransAct, no types", "HIT@3", "hide", "less"),
-        Claim("TransAct", "TransAct, no window mask", "distinct topics", None),
+        Claim("TransAct", "TransAct, no window mask", "distinct categories", None),
         Claim("TransAct", "TransAct, no window mask", "HIT@3", "save", "not less"),
         Claim("TransAct, label matrix", "TransAct", "HIT@3", "hide", "less"),
     ]
@@ -159,10 +170,10 @@ def _claims(data: str) -> list[Claim]:
     return [dataclasses.replace(claim, expected="same") for claim in claims]
 
 
-def _figures(judged: Judged) -> list[str]:
-    hits = judged.hits.sum(0) / judged.num_requests.sum()
-    topics = (judged.topics * judged.num_requests).sum() / judged.num_requests.sum()
-    return [f"{value:.4f}" for value in [*hits.tolist(), float(topics)]]
+def _figure(jury: Jury, judged: Judged, measure: Measure, head: str | None) -> float:
+    if head is None:
+        return jury.diversity(judged).mean
+    return jury.figure(judged, measure, jury.data.heads.index(head))
 
 
 def _row(claim: Claim, found: Sequence[Interval]) -> list[str]:
@@ -176,14 +187,20 @@ def _text(less: Interval) -> str:
 
 def _verdict(claim: Claim, mean: float, found: Sequence[Interval]) -> str:
     above, below = sum(one.low > 0 for one in found), sum(one.high < 0 for one in found)
-    seen = f"{above} of {len(found)} above 0, {below} below"
+    if claim.expected == "open":
+        if above == below == 0:
+            return "not told apart"
+        return f"{claim.one} has more" if above > below else f"{claim.other} has more"
+    # The seeds of a world are other users: half the width of their mean's interval adds in squares.
+    width = sum(((one.high - one.low) / 2) ** 2 for one in found) ** 0.5 / len(found)
     holds = {
         "more": above == len(found) and mean >= claim.bar,
         "less": below == len(found),
-        "same": above == below == 0,
+        "same": abs(mean) <= width,
         "not less": below == 0,
+        "within": mean >= -claim.bar,
     }[claim.expected]
-    return "comes out" if holds else f"DOES NOT COME OUT: {seen}"
+    return "comes out" if holds else f"DOES NOT COME OUT: {above} of {len(found)} above 0, {below} below"
 
 
 def _table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:

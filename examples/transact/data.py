@@ -39,6 +39,8 @@ class Candidates:
     """(N,) rows of the item tables."""
     labels: Tensor
     """(N, H) float32, 0 or 1."""
+    label_names: tuple[str, ...]
+    """(H,) of the labels' columns."""
     categorical: dict[str, Tensor]
     """(N,) codes from 0."""
     numeric: Tensor
@@ -47,7 +49,12 @@ class Candidates:
 
 @dataclasses.dataclass(frozen=True)
 class RankingData:
-    """Everything that training and evaluation need to know about some exposures."""
+    """Everything that training and evaluation need to know about some exposures.
+
+    Raises:
+        ValueError: labels in another order than the heads or not 0 or 1, utilities of other heads, or a code of a user,
+            a request, an item or an action type that there is not.
+    """
 
     name: str
     heads: tuple[str, ...]
@@ -62,10 +69,14 @@ class RankingData:
     """Types that are positive engagement (BST's second variant reads only these)."""
     vectors: Tensor
     """(I, D) fixed vectors of the items."""
+    items: Tensor
+    """(I,) raw ids."""
     item_categorical: dict[str, Tensor]
     """(I,) codes from 0."""
     topics: Tensor
-    """(I,) top-level category."""
+    """(I,) the kind of an item, which hand-made counts are kept of."""
+    top_level: Tensor
+    """(I,) top-level category, which diversity counts."""
     requests: Requests
     candidates: Candidates
     parts: dict[str, Tensor]
@@ -79,8 +90,12 @@ class RankingData:
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        """Refuse what would be read as something else: labels that are not the heads', types and users not known."""
+        """Refuse what would be read as something else."""
         heads, labels = len(self.heads), self.candidates.labels
+        if self.candidates.label_names != self.heads:
+            raise ValueError(
+                f"heads must be the labels' names in their order, {self.candidates.label_names}, got {self.heads}"
+            )
         if labels.shape != (len(self.candidates.item), heads):
             wanted = f"({len(self.candidates.item)}, {heads}), a column for each of {', '.join(self.heads)}"
             raise ValueError(f"labels must have shape {wanted}, got {tuple(labels.shape)}")
@@ -89,6 +104,9 @@ class RankingData:
         if len(self.utilities) != heads or self.primary not in self.heads:
             raise ValueError(f"utilities and primary must be of {self.heads}, got {self.utilities} and {self.primary}")
         _check_codes("user", self.requests.user, len(self.histories))
+        _check_codes("request", self.candidates.request, len(self.requests.user))
+        _check_codes("item", self.candidates.item, len(self.vectors))
+        _check_codes("row", self.histories.columns["row"], len(self.vectors))
         _check_codes("action_type", self.histories.columns["action_type"], self.num_action_types)
 
     def rows_of(self, part: str) -> Tensor:
@@ -104,6 +122,20 @@ def _check_codes(name: str, codes: Tensor, size: int) -> None:
 def newest_before(histories: Timelines, rows: Tensor, times: Tensor) -> Tensor:
     """(R,) index of each user's newest action strictly before a time; the end of their actions where there is none."""
     return Histories(histories).newest(rows, times - 1)
+
+
+def impressions_before(item: Tensor, day: Tensor, asked: Tensor) -> Tensor:
+    """(N, 1) log1p of how often each item was shown before a day.
+
+    Args:
+        item: (N,) rows of the items, one an impression.
+        day: (N,) when it was shown.
+        asked: (N,) before which day.
+    """
+    days, place = torch.unique(day, return_inverse=True)
+    counts = torch.zeros(len(days) + 1, int(item.max()) + 1)
+    counts.view(-1).index_add_(0, (place + 1) * counts.shape[1] + item, torch.ones(len(item)))
+    return counts.cumsum(0)[torch.searchsorted(days, asked), item, None].log1p()
 
 
 def count_earlier(

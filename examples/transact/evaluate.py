@@ -24,7 +24,7 @@ class Judged:
     hits: Tensor
     """(U, H) hits in the top 3, summed over each user's requests."""
     topics: Tensor
-    """(U,) mean number of distinct topics in the top 3."""
+    """(U,) mean number of distinct top-level categories in the top 3."""
     num_requests: Tensor
     """(U,) float64."""
     is_model: bool = True
@@ -58,7 +58,7 @@ class Jury:
         """Rank every request by the blended score."""
         utilities = torch.tensor(self.data.utilities, dtype=torch.float64)
         scores = recblocks.blend_scores(probabilities, utilities) if is_model else probabilities[:, 0]
-        topics = self.data.topics[self.data.candidates.item[self.rows]]
+        topics = self.data.top_level[self.data.candidates.item[self.rows]]
         return Judged(
             name,
             probabilities,
@@ -69,8 +69,9 @@ class Jury:
         )
 
     def oracle(self) -> Judged:
-        """The bound of every head: each request ranked by that head's labels themselves."""
-        labels = self.labels.double()
+        """The bound of every head: each request ranked by that head's labels themselves, unwanted ones last."""
+        unwanted = torch.tensor(self.data.utilities) < 0
+        labels = torch.where(unwanted, -self.labels, self.labels).double()
         hits = [
             recblocks.hit_per_user(mine, self.labels[:, head, None], self.user, self.request, k=K).value
             for head, mine in enumerate(labels.unbind(1))
@@ -88,6 +89,15 @@ class Jury:
             self._mean(inside.value, inside.num_chunks.double()),
             self.calibration(judged, head) if judged.is_model else None,
         )
+
+    def figure(self, judged: Judged, measure: str, head: int) -> float:
+        """One of a head's figures, "HIT@3", "AUC" or "AUC in requests", without its interval."""
+        labels, scores = self.labels[:, head], judged.probabilities[:, head]
+        if measure == "HIT@3":
+            return float(judged.hits[:, head].sum() / self.num_requests.sum())
+        if measure == "AUC":
+            return float(recblocks.auc(scores, labels))
+        return float(recblocks.chunk_auc(scores, labels, self.user, self.request))
 
     def calibration(self, judged: Judged, head: int) -> Calibration:
         """One head's predicted and observed rates."""
@@ -116,11 +126,11 @@ class Jury:
         return self._less(ours.value, theirs.value, ours.num_chunks.double())
 
     def diversity(self, judged: Judged) -> Interval:
-        """Distinct topics in the top 3."""
+        """Distinct top-level categories in the top 3."""
         return self._mean(judged.topics, self.num_requests)
 
     def less_diverse(self, one: Judged, other: Judged) -> Interval:
-        """Distinct topics in the top 3 of one less the other's."""
+        """Distinct top-level categories in the top 3 of one less the other's."""
         return self._less(one.topics, other.topics, self.num_requests)
 
     def _mean(self, values: Tensor, weights: Tensor) -> Interval:

@@ -59,9 +59,11 @@ def load(options: JourneyOptions, *, user_embedding: bool = True) -> RankingData
         histories=histories,
         num_action_types=3,  # plain, discounted, coupon
         positive_types=(0, 1, 2),
+        items=products,
         vectors=_vectors(histories, promotions, options),
         item_categorical={name: text[name] for name in ("department", "brand", "product_category", "product_type")},
         topics=text["product_category"],
+        top_level=text["department"],
         requests=Requests(
             user=user,
             newest=newest_before(histories, user, asked["time"]),
@@ -78,6 +80,7 @@ def load(options: JourneyOptions, *, user_embedding: bool = True) -> RankingData
             request=drawn.request,
             item=drawn.item,
             labels=drawn.labels,
+            label_names=HEADS,
             categorical={
                 "display": promotions.display[drawn.promotion].long(),
                 "mailer": promotions.mailer[drawn.promotion].long(),

@@ -13,7 +13,7 @@ from sklearn.decomposition import TruncatedSVD
 from torch import Tensor
 
 import recblocks
-from examples.transact.data import Candidates, RankingData, Requests, newest_before
+from examples.transact.data import Candidates, RankingData, Requests, impressions_before, newest_before
 from recblocks import Impressions, Timelines
 
 WATCHED = len(recblocks.KUAIRAND_TYPES)
@@ -50,6 +50,7 @@ def load(options: KuaiRandOptions, part: Literal["kuairand_pure", "kuairand27k_e
     size = torch.bincount(request)
     day, test = chunks % 100_000, torch.zeros(len(chunks), dtype=torch.int64).index_copy_(0, request, columns["test"])
     last_day = day == int(day[test == 0].max())
+    tags = _codes(seen.items["tag"]) if "tag" in seen.items else torch.arange(len(items))
     heads = ("like", "hate") if part == "kuairand27k_explicit" else tuple(UTILITIES)
     item = torch.searchsorted(items, columns["item"])
     requests = Requests(
@@ -67,29 +68,38 @@ def load(options: KuaiRandOptions, part: Literal["kuairand_pure", "kuairand27k_e
         histories=histories,
         num_action_types=WATCHED + 1,
         positive_types=tuple(kind for kind in range(1, WATCHED + 1) if kind != recblocks.KUAIRAND_TYPES.index("hate")),
+        items=items,
         vectors=_vectors(seen, items, options.vector_dim),
         item_categorical={name: _codes(seen.items[name]) for name in ("tag", "author", "music") if name in seen.items},
-        topics=_codes(seen.items["tag"]) if "tag" in seen.items else torch.arange(len(items)),
+        topics=tags,
+        top_level=tags,
         requests=requests,
         candidates=Candidates(
             request=request[order],
             item=item[order],
             labels=torch.stack([seen.labels[head] for head in heads], 1).float()[order],
+            label_names=heads,
             categorical={"surface": columns["surface"][order]},
-            numeric=_popularity(item, columns["time"], first[request])[order],
+            # Not the source's dates: about midnight a chunk may begin before the last impressions of the date before.
+            numeric=impressions_before(item, (columns["time"] + BEIJING) // DAY, (first[request] + BEIJING) // DAY)[
+                order
+            ],
         ),
         parts={
             "train": (test == 0) & ~last_day,
             "choose": (test == 0) & last_day & (size >= 4),
             "report": (test == 1) & (size >= 4),
         },
-        label_weights={head: {action: float(head == action) for action in heads} for head in heads},
+        label_weights={
+            head: {action: float(head == action or "hate" in (head, action)) for action in heads} for head in heads
+        },
         epochs=3,
         negative_share=1.0,
         notes=(
             f"{seen.report['merged']} repeated rows are merged. Chunks of fewer than 4 impressions are trained on and "
             "not judged. Nothing is randomised: position bias is in every figure. No user embedding: what came before "
             "the first day has no times, so none can be learned from it.",
+            *(() if "tag" in seen.items else ("No categories are known here: every video is a topic of its own.",)),
         ),
     )
 
@@ -124,18 +134,6 @@ def _vectors(seen: Impressions, items: Tensor, dim: int) -> Tensor:
         np.ascontiguousarray(TruncatedSVD(dim, random_state=0).fit(matrix).components_.T)
     ).float()
     return torch.cat([torch.nn.functional.normalize(vectors, dim=1), identity], 1)
-
-
-def _popularity(item: Tensor, time: Tensor, asked: Tensor) -> Tensor:
-    """(N, 1) log1p of an item's impressions up to the last midnight in Beijing before ``asked``.
-
-    The source's dates do not tell: about midnight a chunk may begin before the last impressions of the date before.
-    """
-    shown, today = ((moment + BEIJING) // DAY for moment in (time, asked))
-    days, place = torch.unique(shown, return_inverse=True)
-    counts = torch.zeros(len(days) + 1, int(item.max()) + 1)
-    counts.view(-1).index_add_(0, (place + 1) * counts.shape[1] + item, torch.ones(len(item)))
-    return counts.cumsum(0)[torch.searchsorted(days, today), item, None].log1p()
 
 
 def _codes(values: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ Sequence = Literal[
     "transact", "transact_untyped", "transact_unmasked", "counts", "transact_counts",
 ]  # fmt: skip
 """How the realtime sequence is read: not at all; by average pooling, a CNN, an RNN or an LSTM of the items (TA Table
-3); by BST, all or only positive actions (TA Table 1); by TransAct, as it is, without action types, or without window
+3); by BST, all or the positive ones of them (TA Table 1); by TransAct, as it is, without types, or without window
 mask; as hand-made counts of how often the user met the item, its topic and each type; by TransAct beside these."""
 
 TYPED = ("transact", "transact_unmasked", "transact_counts")
@@ -43,13 +43,13 @@ class ModelOptions:
     hidden_dim: int = 32
     """Width of the transformer's feed-forward network."""
     dropout: float = 0.0
-    """TransAct has 0.1; one epoch leaves nothing to regularise, and it costs a quarter of the time."""
+    """TransAct has 0.1. It takes a quarter of the time, and an epoch or a few leave little to regularise."""
     start: Literal["match", "random"] = "match"
-    """How TransAct and BST begin: attending to actions on items like the candidate, or as torch draws it."""
+    """How TransAct begins: attending to actions on items like the candidate, or as torch draws it."""
     num_slots: int = 10
     """First columns of the transformer's output that are kept beside the max pool, K."""
     window_hours: float = 24.0
-    """Longest random time window that is masked in training (TA 3.3.4); 0: none."""
+    """Longest random time window that is masked in training TransAct (TA 3.3.4); 0: none."""
     user_embedding: bool = True
     """Read the user's embedding of the day before, where the data has one."""
     learned_ids: int = 0
@@ -111,6 +111,9 @@ class Inputs:
         valid = index < histories.ends[user][:, None]
         actions = histories.gather(torch.where(valid, index, 0), ("row", "action_type", "time"))
         actions = {name: torch.where(valid, column, 0) for name, column in actions.items()}
+        late = valid & (actions["time"] >= data.requests.time[request][:, None])
+        if bool(late.any()):
+            raise ValueError(f"actions must be before their request, got {int(late.sum())} that are not")
         return Batch(
             candidate=data.candidates.item[rows],
             request=place,
@@ -153,7 +156,7 @@ class Ranker(nn.Module):
         self.reads = sequence
         day = 86_400 if data.histories.unit == "s" else 86_400_000
         self.window = None
-        if options.window_hours and sequence != "transact_unmasked":
+        if options.window_hours and sequence.startswith("transact") and sequence != "transact_unmasked":
             self.window = RandomTimeWindowMask(max_window=options.window_hours / 24 * day)
         self.sequence, self.compression, sequence_dim = _sequence(data, sequence, options, item_dim)
         features = len(inputs.sizes) * options.embedding_dim + inputs.numeric.shape[1] + item_dim
@@ -235,7 +238,7 @@ def _sequence(
         positions="learned" if bst else None,
         max_len=options.length + 1 if bst else None,
     )
-    if options.start == "match":
+    if options.start == "match" and not bst:
         start_from_matches(transformer, item_dim)
     compression = OutputCompression(options.num_slots)
     columns = compression.out_columns + (1 if bst else 0)  # BST's candidate has a slot of its own, the last
@@ -248,13 +251,12 @@ def start_from_matches(transformer: ActionTransformer, item_dim: int) -> None:
 
     Layer 1 attends by the product of the candidate and each action's item. What it finds is taken from the candidate's
     columns, where a match leaves nothing, and added to the type's: what was done. All else starts small. An appended
-    candidate is a token like an action, and its columns are those of the items.
+    candidate has no columns of its own, so this is for concat alone.
     """
     layer = transformer.layers[0]
     columns = torch.arange(transformer.out_dim)
-    type_dim = len(columns) - item_dim * (2 if transformer.fusion == "concat" else 1)
-    types, items, candidate = columns[:type_dim], columns[type_dim : type_dim + item_dim], columns[-item_dim:]
-    found, done = columns[:item_dim], columns[item_dim : item_dim + type_dim]
+    types, items, candidate = columns.split([len(columns) - 2 * item_dim, item_dim, item_dim])
+    found, done = columns[:item_dim], columns[item_dim : item_dim + len(types)]
     layer.qkv.weight *= 0.1
     layer.attention_out.weight *= 0.1
     queries, keys, values = layer.qkv.weight.chunk(3)

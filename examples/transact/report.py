@@ -45,7 +45,7 @@ def plots(jury: Jury, judged: Sequence[Judged], losses: dict[str, list[float]]) 
 
 
 class Less(NamedTuple):
-    """What the first ranker has more than another, in the primary head; distinct topics are of no head."""
+    """What the first ranker has more than another, in one head; distinct categories are of no head."""
 
     hit: Interval
     auc: Interval
@@ -53,9 +53,9 @@ class Less(NamedTuple):
     topics: Interval
 
 
-def compare(jury: Jury, judged: Sequence[Judged]) -> dict[str, Less]:
-    """The first ranker less each of the others, by the others' names."""
-    first, head = judged[0], jury.data.heads.index(jury.data.primary)
+def compare(jury: Jury, judged: Sequence[Judged], head: int) -> dict[str, Less]:
+    """The first ranker less each of the others in one head, by the others' names."""
+    first = judged[0]
     return {
         other.name: Less(
             jury.less_hit(first, other, head),
@@ -67,20 +67,32 @@ def compare(jury: Jury, judged: Sequence[Judged]) -> dict[str, Less]:
     }
 
 
-def verdict(jury: Jury, judged: Sequence[Judged], less: Mapping[str, Less]) -> list[str]:
+def compare_all(jury: Jury, judged: Sequence[Judged]) -> dict[str, dict[str, Less]]:
+    """The first ranker less the others, by head: less everything in the primary one, less other rankers elsewhere."""
+    rankers = [one for one in judged if one.is_model]
+    return {
+        head: compare(jury, judged if head == jury.data.primary else rankers, place)
+        for place, head in enumerate(jury.data.heads)
+    }
+
+
+def verdict(jury: Jury, judged: Sequence[Judged], less: Mapping[str, Mapping[str, Less]]) -> list[str]:
     """Say plainly who wins."""
     head, first = jury.data.primary, judged[0].name
-    hits = who_wins(first, {name: each.hit for name, each in less.items()})
-    inside = who_wins(first, {name: each.chunk_auc for name, each in less.items()})
-    return [f"By HIT@{K} of {head}: {' '.join(hits)}", f"By AUC in requests of {head}: {' '.join(inside)}"]
+    places = {f"HIT@{K}": 0, "AUC": 1, "AUC in requests": 2}
+    return [
+        f"By {measure} of {head}: "
+        + " ".join(who_wins(first, {name: each[place] for name, each in less[head].items()}))
+        for measure, place in places.items()
+    ]
 
 
-def tables(jury: Jury, judged: Sequence[Judged], less: Mapping[str, Less]) -> list[Table]:
-    """One table a head, diversity, and what the first ranker wins or loses."""
+def tables(jury: Jury, judged: Sequence[Judged], less: Mapping[str, Mapping[str, Less]]) -> list[Table]:
+    """One table a head with its bound, diversity, and what the first ranker wins or loses in each head."""
     result = []
     for place, head in enumerate(jury.data.heads):
         rows = []
-        for one in judged:
+        for one in [*judged, jury.oracle()]:
             found = jury.head(one, place)
             calibrated = found.calibration
             rows.append(
@@ -90,10 +102,11 @@ def tables(jury: Jury, judged: Sequence[Judged], less: Mapping[str, Less]) -> li
         headings = ("ranker", f"HIT@{K} a request", "AUC", "AUC in requests", "predicted / observed", "error")
         result.append(Table(head, headings, rows, [0]))
     rows = [[one.name, _text(jury.diversity(one))] for one in judged]
-    result.append(Table("Diversity", ("ranker", f"distinct topics in the top {K}"), rows, [0]))
-    rows = [[name, *(_text(interval, "+") for interval in each)] for name, each in less.items()]
-    headings = ("less", f"HIT@{K} a request", "AUC", "AUC in requests", "distinct topics")
-    result.append(Table(f"{judged[0].name} minus the others, {jury.data.primary}", headings, rows))
+    result.append(Table("Diversity", ("ranker", f"distinct categories in the top {K}"), rows, [0]))
+    headings = ("less", f"HIT@{K} a request", "AUC", "AUC in requests", "distinct categories")
+    for head, others in less.items():
+        rows = [[name, *(_text(interval, "+") for interval in each)] for name, each in others.items()]
+        result.append(Table(f"{judged[0].name} minus the others, {head}", headings, rows))
     return result
 
 

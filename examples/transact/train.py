@@ -118,7 +118,10 @@ def start_from_rates(ranker: Ranker, labels: Tensor, chance: Tensor) -> None:
 
 @torch.no_grad()
 def predict(trained: Trained, rows: Tensor, *, batch_size: int = 4096) -> Tensor:
-    """(N, H) probability of each head, as if training had seen every negative."""
+    """(N, H) probability of each head, as if training had seen every negative.
+
+    A ranker trained with the label-weight matrix overstates what the matrix weighs up; only its order means something.
+    """
     inputs, device = trained.inputs, next(trained.ranker.parameters()).device
     _, place, size = torch.unique(inputs.data.candidates.request[rows], return_inverse=True, return_counts=True)
     order = size[place].argsort(stable=True)  # requests of like size, so that little is padded
@@ -142,7 +145,7 @@ def _label_weights(data: RankingData, options: TrainOptions) -> tuple[Tensor, Te
     size = len(data.heads) + 1
     matrix = torch.zeros(size, size)
     if options.label_weights == "matrix":
-        matrix[:-1, :-1] = label_weight_matrix(data.label_weights, data.heads)
+        matrix[:-1, :-1] = label_weight_matrix(data.label_weights, data.heads, label_names=data.candidates.label_names)
     return matrix, torch.ones(size)
 
 

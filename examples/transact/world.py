@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 import recblocks
-from examples.transact.data import Candidates, RankingData, Requests, newest_before
+from examples.transact.data import Candidates, RankingData, Requests, impressions_before, newest_before
 from recblocks import Timelines
 
 DAY = 86_400_000
@@ -50,9 +50,11 @@ def load(options: WorldOptions) -> RankingData:
         histories=histories,
         num_action_types=len(HEADS),
         positive_types=(0, 1, 2),
+        items=torch.arange(world.num_items),
         vectors=seen.items.embedding,
         item_categorical={},
         topics=seen.items.topic,
+        top_level=seen.items.topic,
         requests=Requests(
             user=user[known],
             newest=newest_before(histories, user[known], time[known]),
@@ -64,8 +66,9 @@ def load(options: WorldOptions) -> RankingData:
             request=place[shown["request"][kept]],
             item=shown["item"][kept],
             labels=(shown["action_type"][kept, None] == kinds).float(),
+            label_names=HEADS,
             categorical={},
-            numeric=shown["position"][kept, None].float(),
+            numeric=impressions_before(shown["item"][kept], day[shown["request"][kept]], day[shown["request"][kept]]),
         ),
         parts={
             "train": (day < world.days - 9)[known],

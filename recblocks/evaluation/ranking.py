@@ -32,7 +32,7 @@ def blend_scores(probabilities: Tensor, utilities: Tensor) -> Tensor:
         (N,) float64; equal rows get equal scores.
 
     Raises:
-        TypeError, ValueError: a wrong dtype or shape, a NaN probability, or a utility that is not finite.
+        TypeError, ValueError: a wrong dtype or shape, or a probability or a utility that is not finite.
 
     Example:
         >>> blend_scores(torch.tensor([[0.5, 0.0], [0.5, 0.25]]), torch.tensor([1.0, -2.0]))
@@ -41,6 +41,8 @@ def blend_scores(probabilities: Tensor, utilities: Tensor) -> Tensor:
     Source: TransAct, eq. 3.
     """
     check_scores("probabilities", probabilities, "N", "H")
+    if _checks.readable(probabilities) and not bool(probabilities.isfinite().all()):
+        raise ValueError(f"probabilities must be finite, got {probabilities[~probabilities.isfinite()][0].item()}")
     _checks.floating("utilities", utilities, probabilities.shape[1])
     if _checks.readable(utilities) and not bool(utilities.isfinite().all()):
         raise ValueError(f"utilities must be finite, got {utilities.tolist()}")
