@@ -41,7 +41,7 @@ Plant = Callable[..., RankingData]
 
 
 def changed(before: RankingData, after: RankingData, cut: int) -> set[str]:
-    """What a ranker is told of the requests up to the cut, their last week, and is not the same in both; or a refusal."""
+    """What a ranker is told of the requests up to the cut, their last week, and differs in both; or a refusal."""
     ours, theirs = _places(before, cut), _places(after, cut)
     shared = [key for key in ours if key in theirs]
     assert len(shared) >= 10
