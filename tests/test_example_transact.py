@@ -19,6 +19,7 @@ import recblocks
 from examples.transact import __main__ as command
 from examples.transact import claims, world
 from examples.transact.data import Candidates, RankingData, Requests, count_earlier, hand_made_counts, newest_before
+from examples.transact.evaluate import Jury
 from examples.transact.model import Batch, Inputs, ModelOptions, Ranker, Sequence, start_from_matches
 from examples.transact.train import TrainOptions, corrected, predict, start_from_rates, train
 from recblocks import Timelines
@@ -307,6 +308,20 @@ def test_a_user_who_never_acts_is_counted(data: RankingData) -> None:
     silent = ~torch.isin(seen.requests["user"], seen.actions["user"])
     assert data.notes[0].startswith(f"{int(silent.sum())} requests")
     assert len(data.requests.user) == int((~silent).sum())
+
+
+def test_the_oracle_is_the_bound_of_every_head(data: RankingData) -> None:
+    jury = Jury(data, "report")
+    requests: dict[int, list[list[float]]] = {}
+    for request, labels in zip(jury.request.tolist(), jury.labels.tolist(), strict=True):
+        requests.setdefault(request, []).append(labels)
+    most = [0.0] * 4
+    for rows in requests.values():
+        for head, utility in enumerate(data.utilities):
+            of_head = sorted((row[head] for row in rows), reverse=utility >= 0)
+            most[head] += sum(of_head[:3])
+    assert jury.oracle().hits.sum(0).tolist() == most
+    assert most[0] > 0
 
 
 def test_claims_are_judged_on_every_seed(capsys: pytest.CaptureFixture[str]) -> None:
