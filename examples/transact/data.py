@@ -87,6 +87,8 @@ class RankingData:
     """How often training reads them, unless it is told."""
     negative_share: float
     """Share of the candidates without any action that training reads, unless it is told."""
+    dropout: float
+    """What training TransAct and BST drops, unless it is told."""
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

@@ -91,6 +91,7 @@ def load(options: JourneyOptions, *, user_embedding: bool = True) -> RankingData
         label_weights={head: {action: float(head == action) for action in HEADS} for head in HEADS},
         epochs=1,
         negative_share=0.1,
+        dropout=0.0,
         notes=(
             f"A basket that bought something promoted is a request; its candidates are that and {options.unbought} "
             "promoted products that it did not buy. That it saw them is assumed.",

@@ -29,7 +29,7 @@ class KuaiRandOptions:
     data_dir: pathlib.Path | None = None
     """The folder that holds kuairand_pure and kuairand27k_explicit; default: what RECBLOCKS_DATA names."""
     vector_dim: int = 16
-    """Width of each kind of item vector: co-watching before the training days, and identity."""
+    """Width of the item vectors: co-watching before the training days, or else identity."""
 
 
 def load(options: KuaiRandOptions, part: Literal["kuairand_pure", "kuairand27k_explicit"]) -> RankingData:
@@ -93,8 +93,9 @@ def load(options: KuaiRandOptions, part: Literal["kuairand_pure", "kuairand27k_e
         label_weights={
             head: {action: float(head == action or "hate" in (head, action)) for action in heads} for head in heads
         },
-        epochs=3,
+        epochs=2,
         negative_share=1.0,
+        dropout=0.1,
         notes=(
             f"{seen.report['merged']} repeated rows are merged. Chunks of fewer than 4 impressions are trained on and "
             "not judged. Nothing is randomised: position bias is in every figure. No user embedding: what came before "
@@ -120,12 +121,10 @@ def _histories(seen: Impressions, items: Tensor) -> Timelines:
 
 
 def _vectors(seen: Impressions, items: Tensor, dim: int) -> Tensor:
-    """(I, 2 dim) who watched it before the first impression, and identity; identity alone where nothing came before."""
-    generator = torch.Generator().manual_seed(0)
-    identity = torch.randn(len(items), dim, generator=generator) / dim**0.5
+    """(I, dim) who watched it before the first impression; where nothing came before, identity: videos hardly repeat."""
     known = torch.isin(seen.earlier["item"], items)
     if not bool(known.any()):
-        return torch.cat([identity, torch.randn(len(items), dim, generator=generator) / dim**0.5], 1)
+        return torch.randn(len(items), dim, generator=torch.Generator().manual_seed(0)) / dim**0.5
     _, user = torch.unique(seen.earlier["user"][known], return_inverse=True)
     item = torch.searchsorted(items, seen.earlier["item"][known])
     shape = (int(user.max()) + 1, len(items))
@@ -133,7 +132,7 @@ def _vectors(seen: Impressions, items: Tensor, dim: int) -> Tensor:
     vectors = torch.from_numpy(
         np.ascontiguousarray(TruncatedSVD(dim, random_state=0).fit(matrix).components_.T)
     ).float()
-    return torch.cat([torch.nn.functional.normalize(vectors, dim=1), identity], 1)
+    return torch.nn.functional.normalize(vectors, dim=1)
 
 
 def _codes(values: Tensor) -> Tensor:
