@@ -121,7 +121,7 @@ def _histories(seen: Impressions, items: Tensor) -> Timelines:
 
 
 def _vectors(seen: Impressions, items: Tensor, dim: int) -> Tensor:
-    """(I, dim) who watched it before the first impression; where nothing came before, identity: videos hardly repeat."""
+    """(I, dim) who watched it before the first impression; where nothing came before, a random vector of its own."""
     known = torch.isin(seen.earlier["item"], items)
     if not bool(known.any()):
         return torch.randn(len(items), dim, generator=torch.Generator().manual_seed(0)) / dim**0.5
