@@ -188,7 +188,7 @@ def _text(less: Interval) -> str:
 def _verdict(claim: Claim, mean: float, found: Sequence[Interval]) -> str:
     above, below = sum(one.low > 0 for one in found), sum(one.high < 0 for one in found)
     if claim.expected == "open":
-        if above == below == 0:
+        if above == below:
             return "not told apart"
         return f"{claim.one} has more" if above > below else f"{claim.other} has more"
     # The seeds of a world are other users: half the width of their mean's interval adds in squares.
