@@ -36,6 +36,11 @@ class Table(NamedTuple):
     marked: Sequence[int] = ()
 
 
+def interval_text(interval: Interval, sign: str = "") -> str:
+    """A mean and its interval; with sign "+" as a difference."""
+    return f"{interval.mean:{sign}.4f} [{interval.low:{sign}.4f}, {interval.high:{sign}.4f}]"
+
+
 def who_wins(ours: str, less: Mapping[str, Interval]) -> list[str]:
     """Say plainly who is better than ours, by how much more ours has than each of the others."""
     groups: dict[str, list[str]] = {"better": [], "equal": [], "worse": []}

@@ -230,6 +230,11 @@ def test_a_second_call_reads_the_same_numbers(
     assert [path.suffix for path in tmp_path.iterdir()] == [".pt"]
 
 
+@pytest.fixture
+def nothing_trained(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(user_embedding, "user_embeddings", lambda *_, **__: torch.zeros(1))
+
+
 OTHER: dict[str, Any] = {
     "sizes": {"sizes": dataclasses.replace(SIZES, max_len=11)},
     "training": {"training": dataclasses.replace(TRAINING, steps=2)},
@@ -242,20 +247,16 @@ OTHER: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("other", OTHER)
-def test_anything_else_is_another_file(
-    histories: Timelines, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, other: str
-) -> None:
-    monkeypatch.setattr(user_embedding, "user_embeddings", lambda *_, **__: torch.zeros(1))
+@pytest.mark.usefixtures("nothing_trained")
+def test_anything_else_is_another_file(histories: Timelines, tmp_path: pathlib.Path, other: str) -> None:
     kept(histories, tmp_path)
     kept(histories, tmp_path, **OTHER[other])
     assert len(list(tmp_path.iterdir())) == 2
 
 
 @pytest.mark.parametrize("column", ["item", "action_type", "surface", "duration", "time"])
-def test_other_purchases_are_another_file(
-    histories: Timelines, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, column: str
-) -> None:
-    monkeypatch.setattr(user_embedding, "user_embeddings", lambda *_, **__: torch.zeros(1))
+@pytest.mark.usefixtures("nothing_trained")
+def test_other_purchases_are_another_file(histories: Timelines, tmp_path: pathlib.Path, column: str) -> None:
     kept(histories, tmp_path)
     changed = histories.columns[column].clone()
     changed[int(histories.ends[3]) - 1] -= 1  # a user's oldest action
@@ -268,30 +269,28 @@ def test_other_purchases_are_another_file(
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_the_same_purchases_of_somebody_else_are_another_file(
-    histories: Timelines, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(user_embedding, "user_embeddings", lambda *_, **__: torch.zeros(1))
+@pytest.mark.usefixtures("nothing_trained")
+def test_the_same_purchases_of_somebody_else_are_another_file(histories: Timelines, tmp_path: pathlib.Path) -> None:
     kept(histories, tmp_path)
     kept(shopping(newcomer=1), tmp_path)
     assert len(list(tmp_path.iterdir())) == 2
 
 
+@pytest.mark.usefixtures("nothing_trained")
 def test_another_version_is_another_file(
     histories: Timelines, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(user_embedding, "user_embeddings", lambda *_, **__: torch.zeros(1))
     kept(histories, tmp_path)
     monkeypatch.setattr(user_embedding, "_VERSION", user_embedding._VERSION + 1)
     kept(histories, tmp_path)
     assert len(list(tmp_path.iterdir())) == 2
 
 
+@pytest.mark.usefixtures("nothing_trained")
 def test_the_default_cache_is_the_users(
     histories: Timelines, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(user_embedding, "user_embeddings", lambda *_, **__: torch.zeros(1))
     kept(histories, None)
     assert [path.parent.name for path in tmp_path.rglob("*.pt")] == ["recblocks"]
 

@@ -148,7 +148,7 @@ def _complete_journey(options: DataOptions) -> Dataset:
         items=source.items,
         topics=torch.from_numpy(topics),
         corpus=corpus,
-        positive=_every_purchase,
+        positive=every_purchase,
         num_action_types=3,  # plain, discounted, coupon
         num_surfaces=len(source.stores),
         cut=cut_time,
@@ -156,7 +156,8 @@ def _complete_journey(options: DataOptions) -> Dataset:
     )
 
 
-def _every_purchase(action: Mapping[str, Tensor]) -> Tensor:
+def every_purchase(action: Mapping[str, Tensor]) -> Tensor:
+    """What counts as positive engagement in a store: all of it."""
     return torch.ones_like(action["time"], dtype=torch.bool)
 
 

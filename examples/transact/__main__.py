@@ -9,7 +9,6 @@ import dataclasses
 import pathlib
 import sys
 import time
-from collections.abc import Callable
 from typing import Literal
 
 import pyarrow as pa
@@ -19,14 +18,14 @@ import tyro
 from rich.console import Console
 from torch import Tensor
 
-from examples.side_by_side import OnStep, train_side_by_side
+from examples.side_by_side import train_side_by_side
 from examples.transact import journey, kuairand, report, world
 from examples.transact.data import RankingData, count_earlier
 from examples.transact.evaluate import Judged, Jury
 from examples.transact.journey import JourneyOptions
 from examples.transact.kuairand import KuaiRandOptions
 from examples.transact.model import ModelOptions, Sequence
-from examples.transact.train import Trained, TrainOptions, predict, train
+from examples.transact.train import Trained, TrainOptions, predict, training
 from examples.transact.world import WorldOptions
 
 
@@ -67,7 +66,7 @@ def main(options: Options) -> None:
     trained = train_all(console, data, options)
     judged = [jury.judge(name, predict(ranker, jury.rows)) for name, ranker in trained.items()]
     judged += [jury.judge(name, scores, is_model=False) for name, scores in rules(data, jury.rows, options).items()]
-    less = report.compare_all(jury, judged)
+    less = report.compare(jury, judged)
     write_scores(options.out / "scores.parquet", jury, judged)
     tables = report.tables(jury, judged, less)
     notes = [*report.verdict(jury, judged, less), *data.notes, f"Took {time.monotonic() - began:.0f} s."]
@@ -88,11 +87,8 @@ def load(options: Options) -> RankingData:
 
 def train_all(console: Console, data: RankingData, options: Options) -> dict[str, Trained]:
     """Every ranker that was asked for, some of them at once."""
-
-    def training(sequence: Sequence) -> Callable[[OnStep], Trained]:
-        return lambda on_step: train(data, sequence, options.model, options.train, on_step=on_step)
-
-    return train_side_by_side(console, {each: training(each) for each in options.models}, jobs=options.jobs)
+    trainings = {each: training(data, each, options.model, options.train) for each in options.models}
+    return train_side_by_side(console, trainings, jobs=options.jobs)
 
 
 def rules(data: RankingData, rows: Tensor, options: Options) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -14,7 +14,8 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from examples.side_by_side import OnStep, train_side_by_side
+from examples.page import interval_text
+from examples.side_by_side import train_side_by_side
 from examples.transact import journey, kuairand, world
 from examples.transact.data import RankingData
 from examples.transact.evaluate import Judged, Jury
@@ -22,7 +23,7 @@ from examples.transact.journey import JourneyOptions
 from examples.transact.kuairand import KuaiRandOptions
 from examples.transact.model import ModelOptions
 from examples.transact.model import Sequence as Reads
-from examples.transact.train import Trained, TrainOptions, predict, train
+from examples.transact.train import TrainOptions, predict, training
 from examples.transact.world import WorldOptions
 from recblocks import Interval
 
@@ -94,7 +95,9 @@ def main(options: Options) -> None:
     for seed in range(options.seeds):
         data = _load(options, seed)
         jury = Jury(data, options.part)
-        rankers = {name: _training(data, options, *how) for name, how in _rankers(options, seed).items()}
+        rankers = {
+            name: training(data, reads, options.model, how) for name, (reads, how) in _rankers(options, seed).items()
+        }
         trained = train_side_by_side(console, rankers, jobs=options.jobs)
         judged = {name: jury.judge(name, predict(ranker, jury.rows)) for name, ranker in trained.items()}
         shown = list(dict.fromkeys((claim.measure, claim.head) for claim in claims))
@@ -103,14 +106,10 @@ def main(options: Options) -> None:
         console.print(_table(f"{data.name}, {options.part}, seed {seed}", headings, rows))
         for claim, intervals in zip(claims, found, strict=True):
             intervals.append(claim.less(jury, judged))
-            console.print(f"{claim.text()}: {_text(intervals[-1])}")
+            console.print(f"{claim.text()}: {interval_text(intervals[-1], '+')}")
     seeds = [f"seed {seed}, 95 %" for seed in range(options.seeds)]
     verdicts = [_row(claim, intervals) for claim, intervals in zip(claims, found, strict=True)]
     console.print(_table("expected, and what came out", ("expected", "mean", *seeds, "verdict"), verdicts))
-
-
-def _training(data: RankingData, options: Options, reads: Reads, how: TrainOptions) -> Callable[[OnStep], Trained]:
-    return lambda on_step: train(data, reads, options.model, how, on_step=on_step)
 
 
 def _load(options: Options, seed: int) -> RankingData:
@@ -178,11 +177,7 @@ def _figure(jury: Jury, judged: Judged, measure: Measure, head: str | None) -> f
 
 def _row(claim: Claim, found: Sequence[Interval]) -> list[str]:
     mean = sum(one.mean for one in found) / len(found)
-    return [claim.text(), f"{mean:+.4f}", *map(_text, found), _verdict(claim, mean, found)]
-
-
-def _text(less: Interval) -> str:
-    return f"{less.mean:+.4f} [{less.low:+.4f}, {less.high:+.4f}]"
+    return [claim.text(), f"{mean:+.4f}", *(interval_text(one, "+") for one in found), _verdict(claim, mean, found)]
 
 
 def _verdict(claim: Claim, mean: float, found: Sequence[Interval]) -> str:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import recblocks
 from examples.transact.data import RankingData
-from recblocks import Calibration, Interval
+from recblocks import Calibration, Interval, UserMeans
 
 K = 3
 
@@ -27,6 +27,8 @@ class Judged:
     """(U,) mean number of distinct top-level categories in the top 3."""
     num_requests: Tensor
     """(U,) float64."""
+    inside: tuple[UserMeans, ...]
+    """AUC within each user's requests, by head."""
     is_model: bool = True
     """False: a rule, whose scores are no probabilities."""
 
@@ -65,6 +67,10 @@ class Jury:
             recblocks.hit_per_user(scores, self.labels, self.user, self.request, k=K).value,
             recblocks.distinct_per_user(scores, topics, self.user, self.request, k=K).value,
             self.num_requests,
+            tuple(
+                recblocks.chunk_auc_per_user(mine, labels, self.user, self.request)
+                for mine, labels in zip(probabilities.unbind(1), self.labels.unbind(1), strict=True)
+            ),
             is_model,
         )
 
@@ -82,7 +88,7 @@ class Jury:
     def head(self, judged: Judged, head: int) -> Head:
         """One head's figures with 95 % intervals over users."""
         labels, scores = self.labels[:, head], judged.probabilities[:, head]
-        inside = recblocks.chunk_auc_per_user(scores, labels, self.user, self.request)
+        inside = judged.inside[head]
         return Head(
             self._mean(judged.hits[:, head] / self.num_requests, self.num_requests),
             recblocks.auc_bootstrap(scores, labels, self.user, num_resamples=300, generator=seeded()),
@@ -118,11 +124,7 @@ class Jury:
 
     def less_chunk_auc(self, one: Judged, other: Judged, head: int) -> Interval:
         """AUC within requests of one less the other's."""
-        labels = self.labels[:, head]
-        ours, theirs = (
-            recblocks.chunk_auc_per_user(each.probabilities[:, head], labels, self.user, self.request)
-            for each in (one, other)
-        )
+        ours, theirs = one.inside[head], other.inside[head]
         return self._less(ours.value, theirs.value, ours.num_chunks.double())
 
     def diversity(self, judged: Judged) -> Interval:

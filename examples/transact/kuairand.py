@@ -53,6 +53,9 @@ def load(options: KuaiRandOptions, part: Literal["kuairand_pure", "kuairand27k_e
     tags = _codes(seen.items["tag"]) if "tag" in seen.items else torch.arange(len(items))
     heads = ("like", "hate") if part == "kuairand27k_explicit" else tuple(UTILITIES)
     item = torch.searchsorted(items, columns["item"])
+    # Not the source's dates: about midnight a chunk may begin before the last impressions of the date before.
+    shown_on, asked_on = ((time + BEIJING) // DAY for time in (columns["time"], first[request]))
+    popularity = impressions_before(item, shown_on, asked_on)
     requests = Requests(
         user=chunks // 100_000,
         newest=newest_before(histories, chunks // 100_000, first),
@@ -80,10 +83,7 @@ def load(options: KuaiRandOptions, part: Literal["kuairand_pure", "kuairand27k_e
             labels=torch.stack([seen.labels[head] for head in heads], 1).float()[order],
             label_names=heads,
             categorical={"surface": columns["surface"][order]},
-            # Not the source's dates: about midnight a chunk may begin before the last impressions of the date before.
-            numeric=impressions_before(item, (columns["time"] + BEIJING) // DAY, (first[request] + BEIJING) // DAY)[
-                order
-            ],
+            numeric=popularity[order],
         ),
         parts={
             "train": (test == 0) & ~last_day,

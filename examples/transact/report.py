@@ -10,7 +10,7 @@ import rich.table
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from examples.page import Table, curves, empty_plot, legend, who_wins, write_page
+from examples.page import Table, curves, empty_plot, interval_text, legend, who_wins, write_page
 from examples.transact.evaluate import Judged, Jury, K
 from recblocks import Interval
 
@@ -53,25 +53,21 @@ class Less(NamedTuple):
     topics: Interval
 
 
-def compare(jury: Jury, judged: Sequence[Judged], head: int) -> dict[str, Less]:
-    """The first ranker less each of the others in one head, by the others' names."""
-    first = judged[0]
-    return {
-        other.name: Less(
-            jury.less_hit(first, other, head),
-            jury.less_auc(first, other, head),
-            jury.less_chunk_auc(first, other, head),
-            jury.less_diverse(first, other),
-        )
-        for other in judged[1:]
-    }
-
-
-def compare_all(jury: Jury, judged: Sequence[Judged]) -> dict[str, dict[str, Less]]:
+def compare(jury: Jury, judged: Sequence[Judged]) -> dict[str, dict[str, Less]]:
     """The first ranker less the others, by head: less everything in the primary one, less other rankers elsewhere."""
-    rankers = [one for one in judged if one.is_model]
+    first, *others = judged
+    topics = {other.name: jury.less_diverse(first, other) for other in others}
     return {
-        head: compare(jury, judged if head == jury.data.primary else rankers, place)
+        head: {
+            other.name: Less(
+                jury.less_hit(first, other, place),
+                jury.less_auc(first, other, place),
+                jury.less_chunk_auc(first, other, place),
+                topics[other.name],
+            )
+            for other in others
+            if other.is_model or head == jury.data.primary
+        }
         for place, head in enumerate(jury.data.heads)
     }
 
@@ -90,28 +86,25 @@ def verdict(jury: Jury, judged: Sequence[Judged], less: Mapping[str, Mapping[str
 def tables(jury: Jury, judged: Sequence[Judged], less: Mapping[str, Mapping[str, Less]]) -> list[Table]:
     """One table a head with its bound, diversity, and what the first ranker wins or loses in each head."""
     result = []
+    bounded = [*judged, jury.oracle()]
     for place, head in enumerate(jury.data.heads):
         rows = []
-        for one in [*judged, jury.oracle()]:
+        for one in bounded:
             found = jury.head(one, place)
             calibrated = found.calibration
             rows.append(
-                [one.name, _text(found.hit), _text(found.auc), _text(found.chunk_auc)]
+                [one.name, interval_text(found.hit), interval_text(found.auc), interval_text(found.chunk_auc)]
                 + (["", ""] if calibrated is None else [f"{calibrated.ratio:.2f}", f"{calibrated.error:.4f}"])
             )
         headings = ("ranker", f"HIT@{K} a request", "AUC", "AUC in requests", "predicted / observed", "error")
         result.append(Table(head, headings, rows, [0]))
-    rows = [[one.name, _text(jury.diversity(one))] for one in judged]
+    rows = [[one.name, interval_text(jury.diversity(one))] for one in judged]
     result.append(Table("Diversity", ("ranker", f"distinct categories in the top {K}"), rows, [0]))
     headings = ("less", f"HIT@{K} a request", "AUC", "AUC in requests", "distinct categories")
     for head, others in less.items():
-        rows = [[name, *(_text(interval, "+") for interval in each)] for name, each in others.items()]
+        rows = [[name, *(interval_text(interval, "+") for interval in each)] for name, each in others.items()]
         result.append(Table(f"{judged[0].name} minus the others, {head}", headings, rows))
     return result
-
-
-def _text(interval: Interval, sign: str = "") -> str:
-    return f"{interval.mean:{sign}.4f} [{interval.low:{sign}.4f}, {interval.high:{sign}.4f}]"
 
 
 def _calibration(jury: Jury, judged: Sequence[Judged], head: int) -> Figure:

@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from examples.side_by_side import OnStep
 from examples.transact.data import RankingData, sampling_chance
 from examples.transact.model import Inputs, ModelOptions, Ranker, Sequence
 from recblocks import label_weight_matrix, label_weighted_bce_with_logits
@@ -49,13 +50,20 @@ class Trained:
     loss: list[float]
 
 
+def training(
+    data: RankingData, sequence: Sequence, model_options: ModelOptions, options: TrainOptions
+) -> Callable[[OnStep], Trained]:
+    """`train`, which only waits for what to call on each step."""
+    return lambda on_step: train(data, sequence, model_options, options, on_step=on_step)
+
+
 def train(
     data: RankingData,
     sequence: Sequence,
     model_options: ModelOptions,
     options: TrainOptions,
     *,
-    on_step: Callable[[int, int, float], None] | None = None,
+    on_step: OnStep | None = None,
 ) -> Trained:
     """Train on the data's training requests.
 

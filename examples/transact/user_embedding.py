@@ -20,7 +20,7 @@ from torch import Tensor
 
 import recblocks
 from examples.pinnerformer import checkpoint
-from examples.pinnerformer.data import Dataset, product_words, purchase_vectors, text_vectors
+from examples.pinnerformer.data import Dataset, every_purchase, product_words, purchase_vectors, text_vectors
 from examples.pinnerformer.infer import Histories, embed_users, model_columns
 from examples.pinnerformer.model import ModelOptions
 from examples.pinnerformer.train import TrainOptions, train
@@ -149,7 +149,7 @@ def _journey_data(
         items=torch.arange(len(words)),
         topics=torch.zeros(len(words), dtype=torch.int64),
         corpus=torch.unique(past.columns["row"][past.actions()[1]]),
-        positive=lambda action: torch.ones_like(action["time"], dtype=torch.bool),
+        positive=every_purchase,
         num_action_types=3,  # plain, discounted, coupon
         num_surfaces=num_surfaces,
         cut=cut,

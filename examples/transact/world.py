@@ -41,7 +41,7 @@ def load(options: WorldOptions) -> RankingData:
     known = user >= 0  # who never does anything has no history, and no row in it
     place = known.cumsum(0) - 1
     kept = known[shown["request"]]
-    kinds = torch.arange(len(HEADS))
+    kinds, shown_on = torch.arange(len(HEADS)), day[shown["request"][kept]]
     return RankingData(
         name=f"the world {options.world}",
         heads=HEADS,
@@ -68,7 +68,7 @@ def load(options: WorldOptions) -> RankingData:
             labels=(shown["action_type"][kept, None] == kinds).float(),
             label_names=HEADS,
             categorical={},
-            numeric=impressions_before(shown["item"][kept], day[shown["request"][kept]], day[shown["request"][kept]]),
+            numeric=impressions_before(shown["item"][kept], shown_on, shown_on),
         ),
         parts={
             "train": (day < world.days - 9)[known],
