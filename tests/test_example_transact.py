@@ -262,11 +262,17 @@ def test_heads_begin_at_the_rates_that_training_sees(data: RankingData) -> None:
 
 
 @pytest.mark.parametrize("share", [1.0, 0.25, 0.01])
-def test_probabilities_are_corrected_for_the_negatives_left_out(share: float) -> None:
-    # Of 1,000 rows 100 have an action: 30 a save, 20 of these and 70 others a click. A share of the other 900 is kept.
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (11.0, 2.0)])
+def test_probabilities_are_corrected_for_the_negatives_left_out_and_own_weights(
+    share: float, weights: tuple[float, float]
+) -> None:
+    # Of 1,000 rows 100 have an action: 30 a save, 20 of these and 70 others a click. A share of the other 900 is kept,
+    # and in a head the rows with its action weigh w.
     kept = 100 + 900 * share
-    sampled = torch.tensor([[30 / kept, 90 / kept, 100 / kept]], dtype=torch.float64)
-    torch.testing.assert_close(corrected(sampled, share), torch.tensor([[0.03, 0.09]], dtype=torch.float64))
+    seen = [weight * count / (weight * count + kept - count) for weight, count in zip(weights, (30, 90), strict=True)]
+    sampled = torch.tensor([[*seen, 100 / kept]], dtype=torch.float64)
+    expected = torch.tensor([[0.03, 0.09]], dtype=torch.float64)
+    torch.testing.assert_close(corrected(sampled, share, torch.tensor(weights)), expected)
 
 
 @pytest.mark.parametrize("share", [0.0, -0.5, 1.5])
@@ -333,6 +339,7 @@ def test_claims_are_judged_on_every_seed(capsys: pytest.CaptureFixture[str]) -> 
     for name in ("TransAct, no window mask", "TransAct, no types", "TransAct, label matrix", "BST", "average"):
         assert printed.count(f"│ {name} ") == 2
     assert printed.count("HIT@3 of save: TransAct = BST: ") == 2
+    assert printed.count("HIT@3 of hide: TransAct, label matrix, positive heads = TransAct, positive heads: ") == 2
 
 
 @pytest.mark.parametrize(

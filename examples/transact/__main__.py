@@ -25,7 +25,7 @@ from examples.transact.evaluate import Judged, Jury
 from examples.transact.journey import JourneyOptions
 from examples.transact.kuairand import KuaiRandOptions
 from examples.transact.model import ModelOptions, Sequence
-from examples.transact.train import Trained, TrainOptions, predict, training
+from examples.transact.train import Scored, TrainOptions, scoring
 from examples.transact.world import WorldOptions
 
 
@@ -63,14 +63,14 @@ def main(options: Options) -> None:
         f"{len(data.rows_of('train'))} to train on, {len(data.rows_of(options.part))} to judge"
     )
     jury = Jury(data, options.part)
-    trained = train_all(console, data, options)
-    judged = [jury.judge(name, predict(ranker, jury.rows)) for name, ranker in trained.items()]
+    scored = train_all(console, data, options, jury.rows)
+    judged = [jury.judge(name, each.probabilities) for name, each in scored.items()]
     judged += [jury.judge(name, scores, is_model=False) for name, scores in rules(data, jury.rows, options).items()]
     less = report.compare(jury, judged)
     write_scores(options.out / "scores.parquet", jury, judged)
     tables = report.tables(jury, judged, less)
     notes = [*report.verdict(jury, judged, less), *data.notes, f"Took {time.monotonic() - began:.0f} s."]
-    losses = {name: ranker.loss for name, ranker in trained.items()}
+    losses = {name: each.loss for name, each in scored.items()}
     report.show(console, tables, notes)
     report.write(options.out / "report.html", data.name, tables, report.plots(jury, judged, losses), notes)
     console.print(f"Wrote {options.out / 'report.html'} and {options.out / 'scores.parquet'}")
@@ -85,9 +85,9 @@ def load(options: Options) -> RankingData:
     return kuairand.load(options.kuairand, options.data)
 
 
-def train_all(console: Console, data: RankingData, options: Options) -> dict[str, Trained]:
-    """Every ranker that was asked for, some of them at once."""
-    trainings = {each: training(data, each, options.model, options.train) for each in options.models}
+def train_all(console: Console, data: RankingData, options: Options, rows: Tensor) -> dict[str, Scored]:
+    """What every ranker that was asked for says of some rows; some of them train at once."""
+    trainings = {each: scoring(data, each, options.model, options.train, rows) for each in options.models}
     return train_side_by_side(console, trainings, jobs=options.jobs)
 
 

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -23,7 +23,7 @@ from examples.transact.journey import JourneyOptions
 from examples.transact.kuairand import KuaiRandOptions
 from examples.transact.model import ModelOptions
 from examples.transact.model import Sequence as Reads
-from examples.transact.train import TrainOptions, predict, training
+from examples.transact.train import Scored, TrainOptions, scoring
 from examples.transact.world import WorldOptions
 from recblocks import Interval
 
@@ -48,6 +48,9 @@ class Options:
     jobs: int = 2
     """Rankers trained at a time."""
 
+
+POSITIVE_HEADS = ", positive heads"
+"""What is named so ranks by the heads of positive utility: a hide lowers it only as far as it lowers these."""
 
 Measure = Literal["HIT@3", "AUC", "AUC in requests", "distinct categories"]
 
@@ -96,10 +99,11 @@ def main(options: Options) -> None:
         data = _load(options, seed)
         jury = Jury(data, options.part)
         rankers = {
-            name: training(data, reads, options.model, how) for name, (reads, how) in _rankers(options, seed).items()
+            name: scoring(data, reads, options.model, how, jury.rows)
+            for name, (reads, how) in _rankers(options, seed).items()
         }
-        trained = train_side_by_side(console, rankers, jobs=options.jobs)
-        judged = {name: jury.judge(name, predict(ranker, jury.rows)) for name, ranker in trained.items()}
+        scored = train_side_by_side(console, rankers, jobs=options.jobs)
+        judged = _judge(jury, scored, claims)
         shown = list(dict.fromkeys((claim.measure, claim.head) for claim in claims))
         headings = ("ranker", *(measure if head is None else f"{measure} of {head}" for measure, head in shown))
         rows = [[name, *(f"{_figure(jury, each, *what):.4f}" for what in shown)] for name, each in judged.items()]
@@ -110,6 +114,17 @@ def main(options: Options) -> None:
     seeds = [f"seed {seed}, 95 %" for seed in range(options.seeds)]
     verdicts = [_row(claim, intervals) for claim, intervals in zip(claims, found, strict=True)]
     console.print(_table("expected, and what came out", ("expected", "mean", *seeds, "verdict"), verdicts))
+
+
+def _judge(jury: Jury, scored: Mapping[str, Scored], claims: Sequence[Claim]) -> dict[str, Judged]:
+    """Every ranker by the data's utilities; and those that a claim wants so, by their positive heads alone."""
+    judged = {name: jury.judge(name, each.probabilities) for name, each in scored.items()}
+    utilities = [max(utility, 0.0) for utility in jury.data.utilities]
+    for name in dict.fromkeys(name for claim in claims for name in (claim.one, claim.other)):
+        if name.endswith(POSITIVE_HEADS):
+            probabilities = scored[name.removesuffix(POSITIVE_HEADS)].probabilities
+            judged[name] = jury.judge(name, probabilities, utilities=utilities)
+    return judged
 
 
 def _load(options: Options, seed: int) -> RankingData:
@@ -163,6 +178,7 @@ def _claims(data: str) -> list[Claim]:
         Claim("TransAct", "TransAct, no window mask", "distinct categories", None),
         Claim("TransAct", "TransAct, no window mask", "HIT@3", "save", "not less"),
         Claim("TransAct, label matrix", "TransAct", "HIT@3", "hide", "less"),
+        Claim(f"TransAct, label matrix{POSITIVE_HEADS}", f"TransAct{POSITIVE_HEADS}", "HIT@3", "hide", "less"),
     ]
     if data == "responsive":
         return claims

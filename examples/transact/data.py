@@ -89,6 +89,8 @@ class RankingData:
     """Share of the candidates without any action that training reads, unless it is told."""
     dropout: float
     """What training TransAct and BST drops, unless it is told."""
+    window_hours: float
+    """The longest time window that training TransAct masks, unless it is told; 0: none."""
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

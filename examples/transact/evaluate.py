@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -56,10 +57,12 @@ class Jury:
         users, place = torch.unique(data.requests.user[torch.unique(self.request)], return_inverse=True)
         self.num_requests = torch.bincount(place, minlength=len(users)).double()
 
-    def judge(self, name: str, probabilities: Tensor, *, is_model: bool = True) -> Judged:
-        """Rank every request by the blended score."""
-        utilities = torch.tensor(self.data.utilities, dtype=torch.float64)
-        scores = recblocks.blend_scores(probabilities, utilities) if is_model else probabilities[:, 0]
+    def judge(
+        self, name: str, probabilities: Tensor, *, utilities: Sequence[float] | None = None, is_model: bool = True
+    ) -> Judged:
+        """Rank every request by the blended score, with the data's utilities unless others are given."""
+        worth = torch.tensor(self.data.utilities if utilities is None else utilities, dtype=torch.float64)
+        scores = recblocks.blend_scores(probabilities, worth) if is_model else probabilities[:, 0]
         topics = self.data.top_level[self.data.candidates.item[self.rows]]
         return Judged(
             name,

@@ -92,6 +92,7 @@ def load(options: JourneyOptions, *, user_embedding: bool = True) -> RankingData
         epochs=1,
         negative_share=0.1,
         dropout=0.0,
+        window_hours=24.0,
         notes=(
             f"A basket that bought something promoted is a request; its candidates are that and {options.unbought} "
             "promoted products that it did not buy. That it saw them is assumed.",

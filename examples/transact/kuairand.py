@@ -96,6 +96,7 @@ def load(options: KuaiRandOptions, part: Literal["kuairand_pure", "kuairand27k_e
         epochs=2,
         negative_share=1.0,
         dropout=0.1,
+        window_hours=24.0,
         notes=(
             f"{seen.report['merged']} repeated rows are merged. Chunks of fewer than 4 impressions are trained on and "
             "not judged. Nothing is randomised: position bias is in every figure. No user embedding: what came before "

@@ -48,8 +48,8 @@ class ModelOptions:
     """How TransAct begins: attending to actions on items like the candidate, or as torch draws it."""
     num_slots: int = 10
     """First columns of the transformer's output that are kept beside the max pool, K."""
-    window_hours: float = 24.0
-    """Longest random time window that is masked in training TransAct (TA 3.3.4); 0: none."""
+    window_hours: float | None = None
+    """Longest random time window that is masked in training TransAct (TA 3.3.4); 0: none. None: as suits the data."""
     user_embedding: bool = True
     """Read the user's embedding of the day before, where the data has one."""
     learned_ids: int = 0
@@ -156,8 +156,9 @@ class Ranker(nn.Module):
         self.reads = sequence
         day = 86_400 if data.histories.unit == "s" else 86_400_000
         self.window = None
-        if options.window_hours and sequence.startswith("transact") and sequence != "transact_unmasked":
-            self.window = RandomTimeWindowMask(max_window=options.window_hours / 24 * day)
+        hours = data.window_hours if options.window_hours is None else options.window_hours
+        if hours and sequence.startswith("transact") and sequence != "transact_unmasked":
+            self.window = RandomTimeWindowMask(max_window=hours / 24 * day)
         self.sequence, self.compression, sequence_dim = _sequence(data, sequence, options, item_dim)
         features = len(inputs.sizes) * options.embedding_dim + inputs.numeric.shape[1] + item_dim
         width = features + inputs.users.shape[1] + sequence_dim

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import threading
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -47,14 +47,29 @@ class Trained:
     ranker: Ranker
     inputs: Inputs
     negative_share: float
+    own_weights: Tensor
+    """(H,) how much a row with a head's own action weighs in it, against one without any action."""
     loss: list[float]
 
 
-def training(
-    data: RankingData, sequence: Sequence, model_options: ModelOptions, options: TrainOptions
-) -> Callable[[OnStep], Trained]:
-    """`train`, which only waits for what to call on each step."""
-    return lambda on_step: train(data, sequence, model_options, options, on_step=on_step)
+class Scored(NamedTuple):
+    """What a trained ranker leaves behind."""
+
+    probabilities: Tensor
+    """(N, H)."""
+    loss: list[float]
+
+
+def scoring(
+    data: RankingData, sequence: Sequence, model_options: ModelOptions, options: TrainOptions, rows: Tensor
+) -> Callable[[OnStep], Scored]:
+    """`train` and `predict` in one, which only wait for what to call on each step."""
+
+    def score(on_step: OnStep) -> Scored:
+        trained = train(data, sequence, model_options, options, on_step=on_step)
+        return Scored(predict(trained, rows), trained.loss)
+
+    return score
 
 
 def train(
@@ -94,7 +109,7 @@ def train(
     steps = steps_an_epoch * epochs
     optimizer = torch.optim.AdamW(ranker.parameters(), lr=options.learning_rate, weight_decay=1e-4)
     matrix, base = (weights.to(device) for weights in _label_weights(data, options))
-    trained = Trained(ranker, inputs, share, [])
+    trained = Trained(ranker, inputs, share, (base + matrix.diagonal())[:-1].cpu(), [])
     ranker.train()
     for epoch in range(epochs):
         kept = torch.rand(len(rows), generator=generator) < chance
@@ -126,26 +141,29 @@ def start_from_rates(ranker: Ranker, labels: Tensor, chance: Tensor) -> None:
 
 @torch.no_grad()
 def predict(trained: Trained, rows: Tensor, *, batch_size: int = 4096) -> Tensor:
-    """(N, H) probability of each head, as if training had seen every negative.
+    """(N, H) probability of each head, as if training had seen every negative and weighed each row alike.
 
-    A ranker trained with the label-weight matrix overstates what the matrix weighs up; only its order means something.
+    What the label-weight matrix makes other actions weigh stays: it is there to predict fewer saves where hides are.
     """
     inputs, device = trained.inputs, next(trained.ranker.parameters()).device
     _, place, size = torch.unique(inputs.data.candidates.request[rows], return_inverse=True, return_counts=True)
     order = size[place].argsort(stable=True)  # requests of like size, so that little is padded
     batches = rows[order].split(batch_size)
     logits = torch.cat([trained.ranker(inputs(some).to(device)).cpu() for some in batches])
-    return corrected(torch.empty_like(logits).index_copy_(0, order, logits).double().sigmoid(), trained.negative_share)
+    logits = torch.empty_like(logits).index_copy_(0, order, logits).double()
+    return corrected(logits.sigmoid(), trained.negative_share, trained.own_weights)
 
 
-def corrected(sampled: Tensor, share: float) -> Tensor:
+def corrected(sampled: Tensor, share: float, own_weights: Tensor) -> Tensor:
     """Probabilities (N, H) from those (N, H + 1) of a world in which only a share of the rows without action remain.
 
-    The last column is that of any action. Each row stands for itself or, without action, for 1 / share rows:
-    ``p_h = q_h / (q_any + (1 - q_any) / share)``.
+    The last column is that of any action. In it a head's own action weighs w_h, and each row stands for itself or,
+    without action, for 1 / share rows: ``p_h = r_h / (q_any + (1 - q_any) / share)`` with
+    ``r_h = q_h / (q_h + w_h (1 - q_h))``.
     """
-    anything = sampled[:, -1:]
-    return (sampled[:, :-1] / (anything + (1 - anything) / share)).clamp(max=1.0)
+    anything, heads = sampled[:, -1:], sampled[:, :-1]
+    heads = heads / (heads + own_weights * (1 - heads))
+    return (heads / (anything + (1 - anything) / share)).clamp(max=1.0)
 
 
 def _label_weights(data: RankingData, options: TrainOptions) -> tuple[Tensor, Tensor]:

@@ -84,6 +84,7 @@ def load(options: WorldOptions) -> RankingData:
         epochs=2,
         negative_share=0.25,
         dropout=0.0,
+        window_hours=24.0,
         notes=(
             f"{int((~known).sum())} requests of users who never do anything are left out. No user embedding: training "
             "begins on the first day, before which there is nothing to learn one from.",
