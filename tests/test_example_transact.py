@@ -336,8 +336,10 @@ def test_claims_are_judged_on_every_seed(capsys: pytest.CaptureFixture[str]) -> 
     printed = capsys.readouterr().out
     for seed in range(2):
         assert f"the world indifferent, report, seed {seed}" in printed
+    figures, _, verdicts = printed.partition("expected, and what came out")
     for name in ("TransAct, no window mask", "TransAct, no types", "TransAct, label matrix", "BST", "average"):
-        assert printed.count(f"│ {name} ") == 2
+        assert figures.count(f"│ {name} ") == 2
+    assert "verdict" in verdicts
     assert printed.count("HIT@3 of save: TransAct = BST: ") == 2
     assert printed.count("HIT@3 of hide: TransAct, label matrix, positive heads = TransAct, positive heads: ") == 2
 

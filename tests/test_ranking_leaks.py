@@ -148,7 +148,9 @@ def other_future(feed: Feed, cut: int) -> Feed:
     return Feed({name: torch.cat([column, more[name]]) for name, column in rows.items()}, feed.watched, videos)
 
 
-def feed_data(feed: Feed, part: Part, folder: pathlib.Path) -> RankingData:
+def feed_data(
+    feed: Feed, part: Part, folder: pathlib.Path, *, judged: Literal["report", "choose"] = "report"
+) -> RankingData:
     """Write the source's files and read them."""
     (folder / part).mkdir(parents=True, exist_ok=True)
     if part == "kuairand27k_explicit":
@@ -163,7 +165,7 @@ def feed_data(feed: Feed, part: Part, folder: pathlib.Path) -> RankingData:
             pq.write_table(pa.table(rows), folder / part / f"{name}.parquet")
         pq.write_table(pa.table(feed.watched), folder / part / "user_sequences.parquet")
         pq.write_table(pa.table(feed.videos), folder / part / "item_features.parquet")
-    return kuairand.load(KuaiRandOptions(data_dir=folder, vector_dim=4), part)
+    return kuairand.load(KuaiRandOptions(data_dir=folder, vector_dim=4), part, judged=judged)
 
 
 class Worlds(NamedTuple):
@@ -316,6 +318,18 @@ def test_rows_that_repeat_are_one_candidate_of_one_request(
     assert not repeats(feed_data(feed, "kuairand_pure", tmp_path), feed)
     monkeypatch.setattr(reader, "changes", lambda user, *_: torch.ones(len(user), dtype=torch.bool).numpy())
     assert repeats(feed_data(feed, "kuairand_pure", tmp_path), feed)
+
+
+@pytest.mark.parametrize("part", ["kuairand_pure", "kuairand27k_explicit"])
+def test_the_last_day_is_trained_on_only_where_nothing_is_chosen_on_it(part: Part, tmp_path: pathlib.Path) -> None:
+    feed = small_feed(part)
+    for judged in ("report", "choose"):
+        data = feed_data(feed, part, tmp_path, judged=judged)
+        days = {name: data.requests.day[mask] for name, mask in data.parts.items()}
+        assert bool(data.parts["choose"].any())
+        assert len(days["choose"].unique()) == 1
+        assert (int(days["train"].max()) < int(days["choose"].min())) is (judged == "choose")
+        assert int(days["train"].max()) < int(days["report"].min())
 
 
 # The Complete Journey. Two baskets of a household may share a timestamp; a product may be promoted twice on a shelf.

@@ -82,7 +82,7 @@ def load(options: Options) -> RankingData:
         return world.load(options.world)
     if options.data == "completejourney":
         return journey.load(options.journey, user_embedding=options.model.user_embedding)
-    return kuairand.load(options.kuairand, options.data)
+    return kuairand.load(options.kuairand, options.data, judged=options.part)
 
 
 def train_all(console: Console, data: RankingData, options: Options, rows: Tensor) -> dict[str, Scored]:

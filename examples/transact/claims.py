@@ -131,7 +131,7 @@ def _load(options: Options, seed: int) -> RankingData:
     if options.data == "completejourney":
         return journey.load(options.journey, user_embedding=options.model.user_embedding)
     if options.data == "kuairand_pure":
-        return kuairand.load(options.kuairand, options.data)
+        return kuairand.load(options.kuairand, options.data, judged=options.part)
     return world.load(WorldOptions(world=options.data, world_users=options.world_users, world_seed=seed))
 
 

@@ -85,6 +85,8 @@ class RankingData:
     """What each action adds to the weight of each head's cross entropy, [head][action] (TA Table 7)."""
     epochs: int
     """How often training reads them, unless it is told."""
+    batch_size: int
+    """Candidates of a step, unless it is told."""
     negative_share: float
     """Share of the candidates without any action that training reads, unless it is told."""
     dropout: float

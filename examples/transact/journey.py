@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 import recblocks
-from examples.pinnerformer.data import product_words, purchase_vectors, text_vectors
+from examples.pinnerformer.data import purchase_vectors
 from examples.transact.data import Candidates, RankingData, Requests, newest_before
 from examples.transact.user_embedding import journey_embeddings
 from recblocks import Promotions, Timelines
@@ -31,9 +32,10 @@ class JourneyOptions:
     judged_baskets: int | None = 2_500
     """Baskets of each of the other parts."""
     dim: int = 8
-    """Width of each kind of content vector: co-purchase before the training weeks, and words."""
-    identity_dim: int = 24
-    """Width of a product's fixed random vector, which tells it from any other."""
+    """Columns of a product's vector that hold co-purchase before the training weeks; as many each tell its category
+    and its type from others."""
+    identity_dim: int = 16
+    """Columns that tell a product from any other."""
     exposure_seed: int = 0
 
 
@@ -60,7 +62,7 @@ def load(options: JourneyOptions, *, user_embedding: bool = True) -> RankingData
         num_action_types=3,  # plain, discounted, coupon
         positive_types=(0, 1, 2),
         items=products,
-        vectors=_vectors(histories, promotions, options),
+        vectors=_vectors(histories, promotions, (text["product_category"], text["product_type"]), options),
         item_categorical={name: text[name] for name in ("department", "brand", "product_category", "product_type")},
         topics=text["product_category"],
         top_level=text["department"],
@@ -90,6 +92,7 @@ def load(options: JourneyOptions, *, user_embedding: bool = True) -> RankingData
         parts={name: (asked["week"] >= low) & (asked["week"] <= high) for name, (low, high) in WEEKS.items()},
         label_weights={head: {action: float(head == action) for action in HEADS} for head in HEADS},
         epochs=1,
+        batch_size=1024,
         negative_share=0.1,
         dropout=0.0,
         window_hours=24.0,
@@ -201,18 +204,22 @@ def _popularity(histories: Timelines, promotions: Promotions, week: Tensor, item
     return torch.stack([until[week - 1, item] - until[week - 1 - weeks, item] for weeks in (1, 4)], 1).float().log1p()
 
 
-def _vectors(histories: Timelines, promotions: Promotions, options: JourneyOptions) -> Tensor:
-    """(P, 2 dim + identity_dim): what the same households bought before the training weeks, words, and identity.
+def _vectors(histories: Timelines, promotions: Promotions, kinds: Sequence[Tensor], options: JourneyOptions) -> Tensor:
+    """(P, 3 dim + identity_dim): what the same households bought before the training weeks, and whose kind it is.
 
-    Identity is half as long again as the others, so that a product is nearest to itself by far.
+    A random vector for each category, for each type and for each product: what two products share of these, the product
+    of their vectors tells. A product's own is half as long again, so that it is nearest to itself by far.
     """
     bought, _ = purchase_vectors(
         histories, _first_time(promotions) - 1, num_items=len(promotions.products), dim=options.dim
     )
-    words = text_vectors(product_words(promotions.product_text), dim=options.dim)
     generator = torch.Generator().manual_seed(options.exposure_seed)
-    identity = torch.randn(len(promotions.products), options.identity_dim, generator=generator)
-    return torch.cat([bought, words, 1.5 * identity / options.identity_dim**0.5], 1)
+
+    def told_apart(codes: Tensor, dim: int) -> Tensor:
+        return torch.randn(int(codes.max()) + 1, dim, generator=generator)[codes] / dim**0.5
+
+    own = 1.5 * told_apart(torch.arange(len(promotions.products)), options.identity_dim)
+    return torch.cat([bought, *(told_apart(kind, options.dim) for kind in kinds), own], 1)
 
 
 def _user_embedding(histories: Timelines, promotions: Promotions, users: Tensor, times: Tensor) -> Tensor:

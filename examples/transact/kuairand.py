@@ -32,9 +32,18 @@ class KuaiRandOptions:
     """Width of the item vectors: co-watching before the training days, or else identity."""
 
 
-def load(options: KuaiRandOptions, part: Literal["kuairand_pure", "kuairand27k_explicit"]) -> RankingData:
-    """Pure: train 25 to 29 April, choose on the 30th, report 1 to 8 May; the explicit part: 7 to 17, 18, 19 to 21."""
-    read = {"kuairand_pure": recblocks.kuairand_pure, "kuairand27k_explicit": recblocks.kuairand27k_explicit}[part]
+def load(
+    options: KuaiRandOptions,
+    name: Literal["kuairand_pure", "kuairand27k_explicit"],
+    *,
+    judged: Literal["report", "choose"] = "report",
+) -> RankingData:
+    """Read what is to be trained on for the part that is judged.
+
+    Pure: the report is on 1 to 8 May after training on 25 to 30 April; choices are made on the 30th after training on
+    25 to 29. The explicit part: 19 to 21 April after 7 to 18; the 18th after 7 to 17.
+    """
+    read = {"kuairand_pure": recblocks.kuairand_pure, "kuairand27k_explicit": recblocks.kuairand27k_explicit}[name]
     seen = read(options.data_dir)
     items = seen.items["item"]
     histories = _histories(seen, items)
@@ -51,7 +60,7 @@ def load(options: KuaiRandOptions, part: Literal["kuairand_pure", "kuairand27k_e
     day, test = chunks % 100_000, torch.zeros(len(chunks), dtype=torch.int64).index_copy_(0, request, columns["test"])
     last_day = day == int(day[test == 0].max())
     tags = _codes(seen.items["tag"]) if "tag" in seen.items else torch.arange(len(items))
-    heads = ("like", "hate") if part == "kuairand27k_explicit" else tuple(UTILITIES)
+    heads = ("like", "hate") if name == "kuairand27k_explicit" else tuple(UTILITIES)
     item = torch.searchsorted(items, columns["item"])
     # Not the source's dates: about midnight a chunk may begin before the last impressions of the date before.
     shown_on, asked_on = ((time + BEIJING) // DAY for time in (columns["time"], first[request]))
@@ -64,7 +73,7 @@ def load(options: KuaiRandOptions, part: Literal["kuairand_pure", "kuairand27k_e
         categorical={"hour": first // 3_600_000 % 24},
     )
     return RankingData(
-        name=part,
+        name=name,
         heads=heads,
         utilities=tuple(UTILITIES[head] for head in heads),
         primary=heads[0],
@@ -86,7 +95,7 @@ def load(options: KuaiRandOptions, part: Literal["kuairand_pure", "kuairand27k_e
             numeric=popularity[order],
         ),
         parts={
-            "train": (test == 0) & ~last_day,
+            "train": (test == 0) & ~(last_day & (judged == "choose")),
             "choose": (test == 0) & last_day & (size >= 4),
             "report": (test == 1) & (size >= 4),
         },
@@ -94,9 +103,10 @@ def load(options: KuaiRandOptions, part: Literal["kuairand_pure", "kuairand27k_e
             head: {action: float(head == action or "hate" in (head, action)) for action in heads} for head in heads
         },
         epochs=2,
+        batch_size=256,
         negative_share=1.0,
         dropout=0.1,
-        window_hours=24.0,
+        window_hours=6.0,
         notes=(
             f"{seen.report['merged']} repeated rows are merged. Chunks of fewer than 4 impressions are trained on and "
             "not judged. Nothing is randomised: position bias is in every figure. No user embedding: what came before "

@@ -25,7 +25,8 @@ class TrainOptions:
 
     epochs: int | None = None
     """None: as suits the data."""
-    batch_size: int = 1024
+    batch_size: int | None = None
+    """None: as suits the data."""
     learning_rate: float = 2e-3
     """The peak."""
     warmup: float = 0.1
@@ -105,7 +106,8 @@ def train(
     labels = data.candidates.labels[rows]
     chance = sampling_chance(labels, share)
     start_from_rates(ranker, labels, chance)
-    steps_an_epoch = math.ceil(float(chance.sum()) / options.batch_size)
+    batch_size = data.batch_size if options.batch_size is None else options.batch_size
+    steps_an_epoch = math.ceil(float(chance.sum()) / batch_size)
     steps = steps_an_epoch * epochs
     optimizer = torch.optim.AdamW(ranker.parameters(), lr=options.learning_rate, weight_decay=1e-4)
     matrix, base = (weights.to(device) for weights in _label_weights(data, options))

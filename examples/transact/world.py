@@ -21,8 +21,8 @@ class WorldOptions:
 
     world: Literal["responsive", "indifferent"] = "responsive"
     """A world whose users answer to what they just did, or one whose do not."""
-    world_users: int | None = None
-    """Users instead of the world's own number."""
+    world_users: int | None = 800
+    """None: the world's own number."""
     world_seed: int = 0
 
 
@@ -81,10 +81,11 @@ def load(options: WorldOptions) -> RankingData:
             "click": {"save": 0.0, "closeup": 0.0, "click": 10.0, "hide": 10.0},
             "hide": {"save": 0.5, "closeup": 0.1, "click": 0.1, "hide": 1.0},
         },
-        epochs=2,
+        epochs=1,
+        batch_size=1024,
         negative_share=0.25,
         dropout=0.0,
-        window_hours=24.0,
+        window_hours=0.1,
         notes=(
             f"{int((~known).sum())} requests of users who never do anything are left out. No user embedding: training "
             "begins on the first day, before which there is nothing to learn one from.",
