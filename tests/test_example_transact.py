@@ -25,6 +25,7 @@ from examples.transact.train import TrainOptions, corrected, predict, start_from
 from recblocks import Timelines
 
 TINY = ["--data", "simulator", "--world-users", "60", "--epochs", "1", "--length", "8", "--num-slots", "3"]
+READ = ("row", "action_type", "time")
 SMALL = ModelOptions(length=8, num_slots=3, type_dim=4, mlp=(8,))
 
 
@@ -88,22 +89,52 @@ def test_nothing_that_happens_from_the_request_on_reaches_its_features(data: Ran
     rows = torch.nonzero(data.requests.time[request] <= cut).squeeze(1)
     other = with_other_future(data, cut)
     assert not torch.equal(data.histories.columns["row"], other.histories.columns["row"])
-    for one, two in zip(Inputs(data, SMALL, counts=True)(rows), Inputs(other, SMALL, counts=True)(rows), strict=True):
+    for one, two in zip(
+        Inputs(data, SMALL, "transact_counts")(rows), Inputs(other, SMALL, "transact_counts")(rows), strict=True
+    ):
         assert torch.equal(one, two)
     # The check can fail: let a request count its own outcome, as a sequence that is not frozen does.
     late = dataclasses.replace(data.requests, newest=(data.requests.newest - 1).clamp(min=0))
     leaking = dataclasses.replace(data, requests=late), dataclasses.replace(other, requests=late)
-    seen = [Inputs(each, SMALL, counts=True) for each in leaking]
+    seen = [Inputs(each, SMALL, "transact_counts") for each in leaking]
     assert not torch.equal(seen[0].numeric, seen[1].numeric)
     with pytest.raises(ValueError, match="actions must be before their request, got"):
         seen[0](rows)
+
+
+@pytest.mark.parametrize("sequence", ["bst", "bst_positive"])
+def test_the_newest_actions_are_read_of_the_types_wanted(data: RankingData, sequence: Sequence) -> None:
+    batch = Inputs(data, SMALL, sequence)(torch.arange(0, len(data.candidates.item), 101))
+    histories, wanted = data.histories, data.positive_types if sequence == "bst_positive" else range(4)
+    some = 0
+    for place, request in enumerate(torch.unique(data.candidates.request[::101]).tolist()):
+        start, end = int(data.requests.newest[request]), int(histories.ends[data.requests.user[request]])
+        actions = [
+            (int(item), int(kind), int(time))
+            for item, kind, time in zip(*(histories.columns[name][start:end] for name in READ), strict=True)
+            if int(kind) in wanted
+        ]
+        known = batch.valid[place]
+        read = [column[place][known].tolist() for column in (batch.items, batch.types, batch.times)]
+        assert list(zip(*read, strict=True)) == actions[:8]
+        assert known.tolist() == sorted(known.tolist(), reverse=True)
+        some += len(actions) > 8
+    assert some
+
+
+def test_histories_without_any_action_that_could_be_read_are_named(data: RankingData) -> None:
+    hides = data.histories.with_columns(action_type=torch.full_like(data.histories.columns["action_type"], 3))
+    with pytest.raises(ValueError, match=r"histories must hold actions of types \(0, 1, 2\), got none"):
+        Inputs(dataclasses.replace(data, histories=hides), SMALL, "bst_positive")
 
 
 def test_labels_reach_no_feature(data: RankingData) -> None:
     flipped = dataclasses.replace(data.candidates, labels=1 - data.candidates.labels)
     rows = torch.arange(200)
     other = dataclasses.replace(data, candidates=flipped)
-    for one, two in zip(Inputs(data, SMALL, counts=True)(rows), Inputs(other, SMALL, counts=True)(rows), strict=True):
+    for one, two in zip(
+        Inputs(data, SMALL, "transact_counts")(rows), Inputs(other, SMALL, "transact_counts")(rows), strict=True
+    ):
         assert torch.equal(one, two)
 
 
@@ -117,7 +148,7 @@ def test_parts_do_not_overlap_in_time(data: RankingData) -> None:
 def test_every_way_to_read_a_sequence_ignores_padding_and_answers_without_any_action(
     data: RankingData, sequence: Sequence
 ) -> None:
-    inputs = Inputs(data, SMALL, counts=True)
+    inputs = Inputs(data, SMALL, sequence)
     torch.manual_seed(0)
     ranker = Ranker(data, inputs, sequence, SMALL).eval()
     batch = inputs(torch.arange(0, 400, 7))
@@ -143,7 +174,7 @@ def test_a_request_whose_every_action_is_masked_is_trained_on_as_one_without_any
     data: RankingData, sequence: Sequence
 ) -> None:
     options = dataclasses.replace(SMALL, dropout=0.0, window_hours=24.0 * 365 * 1000)  # T is almost surely older
-    inputs = Inputs(data, options)
+    inputs = Inputs(data, options, sequence)
     torch.manual_seed(0)
     ranker = Ranker(data, inputs, sequence, options)
     batch = inputs(torch.arange(0, 400, 7))
@@ -163,7 +194,7 @@ def test_an_action_that_is_not_before_its_request_is_an_error(data: RankingData,
         some, data.histories.columns["time"][newest.clamp(max=len(data.histories.columns["time"]) - 1)], 0
     )
     late = dataclasses.replace(data.requests, time=torch.where(some, time - earlier, data.requests.time))
-    inputs = Inputs(dataclasses.replace(data, requests=late), SMALL)
+    inputs = Inputs(dataclasses.replace(data, requests=late), SMALL, "transact")
     with pytest.raises(ValueError, match="actions must be before their request, got"):
         inputs(torch.arange(400))
 
@@ -214,7 +245,7 @@ def test_a_sequence_encoded_once_for_all_candidates_scores_as_one_encoded_for_ea
     data: RankingData, sequence: Sequence
 ) -> None:
     options = dataclasses.replace(SMALL, dropout=0.0, window_hours=0.0)
-    inputs = Inputs(data, options)
+    inputs = Inputs(data, options, sequence)
     torch.manual_seed(0)
     ranker = Ranker(data, inputs, sequence, options).eval()
     batch = inputs(torch.randperm(300, generator=torch.Generator().manual_seed(2)))
@@ -254,7 +285,7 @@ def test_an_untrained_transformer_finds_the_candidate_among_the_actions() -> Non
 
 
 def test_heads_begin_at_the_rates_that_training_sees(data: RankingData) -> None:
-    ranker = Ranker(data, Inputs(data, SMALL), "none", SMALL)
+    ranker = Ranker(data, Inputs(data, SMALL, "none"), "none", SMALL)
     labels = torch.tensor([[1.0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0], [0, 1, 0, 0]])
     start_from_rates(ranker, labels, torch.tensor([1.0, 0.5, 0.5, 1.0]))
     expected = torch.tensor([1 / 3, 1 / 3, 1e-6, 1e-6, 2 / 3])

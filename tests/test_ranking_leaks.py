@@ -47,7 +47,7 @@ def changed(before: RankingData, after: RankingData, cut: int) -> set[str]:
     assert len(shared) >= 10
     try:
         told = [
-            Inputs(data, READ, counts=True)(torch.tensor([place[key] for key in shared]))._asdict()
+            Inputs(data, READ, "transact_counts")(torch.tensor([place[key] for key in shared]))._asdict()
             for data, place in ((before, ours), (after, theirs))
         ]
     except ValueError as error:

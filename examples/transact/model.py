@@ -87,19 +87,34 @@ class Batch(NamedTuple):
 
 
 class Inputs:
-    """Finds a ranker's inputs for any rows of some data."""
+    """Finds a ranker's inputs for any rows of some data.
 
-    def __init__(self, data: RankingData, options: ModelOptions, *, counts: bool = False) -> None:
+    Args:
+        data: whose candidates, requests and histories.
+        options: how many actions, and whether there are user embeddings.
+        sequence: how the ranker reads the realtime sequence: all actions or the positive ones, counts or none.
+
+    Raises:
+        ValueError: histories without any action that the ranker could read.
+    """
+
+    def __init__(self, data: RankingData, options: ModelOptions, sequence: Sequence) -> None:
         requests, candidates = data.requests, data.candidates
         per_item = [column[candidates.item] for column in data.item_categorical.values()]
         per_request = [column[candidates.request] for column in requests.categorical.values()]
         self.categorical = torch.stack([*candidates.categorical.values(), *per_item, *per_request], 1)
         tables = (candidates.categorical, data.item_categorical, requests.categorical)
         self.sizes = [int(column.max()) + 1 for table in tables for column in table.values()]
-        counted = [hand_made_counts(data, length=options.length)] if counts else []
+        has_counts = sequence in ("counts", "transact_counts")
+        counted = [hand_made_counts(data, length=options.length)] if has_counts else []
         self.numeric = torch.cat([candidates.numeric, *counted], 1)
         has_users = options.user_embedding and requests.user_embedding is not None
         self.users = requests.user_embedding if has_users else torch.empty(len(requests.user), 0)
+        wanted = data.positive_types if sequence == "bst_positive" else tuple(range(data.num_action_types))
+        types = data.histories.columns["action_type"].long()
+        self.actions = torch.nonzero(torch.isin(types, torch.tensor(wanted))).squeeze(1)
+        if not len(self.actions):
+            raise ValueError(f"histories must hold actions of types {wanted}, got none")
         self.data = data
         self.options = options
 
@@ -107,9 +122,12 @@ class Inputs:
         data, histories = self.data, self.data.histories
         request, place = torch.unique(data.candidates.request[rows], return_inverse=True)
         user = data.requests.user[request]
-        index = data.requests.newest[request][:, None] + torch.arange(self.options.length)
-        valid = index < histories.ends[user][:, None]
-        actions = histories.gather(torch.where(valid, index, 0), ("row", "action_type", "time"))
+        known = torch.stack([data.requests.newest[request], histories.ends[user]])
+        newest, end = torch.searchsorted(self.actions, known)[..., None]
+        place_of_action = newest + torch.arange(self.options.length)
+        valid = place_of_action < end
+        index = self.actions[torch.where(valid, place_of_action, 0)]
+        actions = histories.gather(index, ("row", "action_type", "time"))
         actions = {name: torch.where(valid, column, 0) for name, column in actions.items()}
         late = valid & (actions["time"] >= data.requests.time[request][:, None])
         if bool(late.any()):
@@ -139,14 +157,11 @@ class Ranker(nn.Module):
     """
 
     vectors: Tensor
-    positive: Tensor
 
     def __init__(self, data: RankingData, inputs: Inputs, sequence: Sequence, options: ModelOptions) -> None:
         super().__init__()
         # Columns of about 1, as learned embeddings start: unit vectors of many columns would be faint beside them.
         self.register_buffer("vectors", data.vectors / data.vectors.square().mean().sqrt(), persistent=False)
-        positive = torch.isin(torch.arange(data.num_action_types), torch.tensor(data.positive_types))
-        self.register_buffer("positive", positive, persistent=False)
         self.learned = nn.Embedding(len(data.vectors), options.learned_ids) if options.learned_ids else None
         item_dim = data.vectors.shape[1] + options.learned_ids
         self.embeddings = nn.ModuleList(nn.Embedding(size, options.embedding_dim) for size in inputs.sizes)
@@ -188,8 +203,6 @@ class Ranker(nn.Module):
         items, types, times, valid, request_time = (part[batch.request] for part in known)
         if self.window is not None:
             valid = valid & ~self.window(times, request_time, valid=valid, generator=generator)
-        if self.reads == "bst_positive":
-            valid = valid & self.positive[types]
         if not isinstance(self.sequence, ActionTransformer):
             pooled: Tensor = self.sequence(self._vectors(items), valid=valid)
             return pooled

@@ -91,7 +91,7 @@ def train(
         on_step: called with the finished steps, all steps, and the loss.
     """
     device = torch.device(options.device)
-    inputs = Inputs(data, model_options, counts=sequence in ("counts", "transact_counts"))
+    inputs = Inputs(data, model_options, sequence)
     with _SEEDED:  # of two rankers built at once each draws from its own seed
         torch.manual_seed(options.seed)
         ranker = Ranker(data, inputs, sequence, model_options).to(device)
