@@ -320,16 +320,38 @@ def test_rows_that_repeat_are_one_candidate_of_one_request(
     assert repeats(feed_data(feed, "kuairand_pure", tmp_path), feed)
 
 
-@pytest.mark.parametrize("part", ["kuairand_pure", "kuairand27k_explicit"])
-def test_the_last_day_is_trained_on_only_where_nothing_is_chosen_on_it(part: Part, tmp_path: pathlib.Path) -> None:
+@pytest.mark.parametrize("part", get_args(Part))
+@pytest.mark.parametrize("judged", ["report", "choose"])
+def test_training_ends_before_the_first_judged_request(
+    part: Part, judged: Literal["report", "choose"], tmp_path: pathlib.Path
+) -> None:
     feed = small_feed(part)
-    for judged in ("report", "choose"):
-        data = feed_data(feed, part, tmp_path, judged=judged)
-        days = {name: data.requests.day[mask] for name, mask in data.parts.items()}
-        assert bool(data.parts["choose"].any())
-        assert len(days["choose"].unique()) == 1
-        assert (int(days["train"].max()) < int(days["choose"].min())) is (judged == "choose")
-        assert int(days["train"].max()) < int(days["report"].min())
+    chunks: dict[tuple[int, int], list[dict[str, int]]] = {}
+    for values in zip(*(column.tolist() for column in feed.rows.values()), strict=True):
+        row = dict(zip(feed.rows, values, strict=True))
+        chunks.setdefault((row["user_id"], row["date"]), []).append(row)
+    past = sorted({date for (_, date), rows in chunks.items() if min(row["test"] for row in rows) == 0})
+    if judged == "choose":
+        *past, last = past
+    judged_from = min(min(row["time_ms"] for row in rows) for (_, date), rows in chunks.items() if date > past[-1])
+    wanted, left_out = set(), 0
+    for (user, date), rows in chunks.items():
+        times = [row["time_ms"] for row in rows]
+        if date <= past[-1] and max(times) < judged_from:
+            wanted.add((user, min(times)))
+        left_out += date <= past[-1] and max(times) >= judged_from
+    data = feed_data(feed, part, tmp_path, judged=judged)
+    user, time = data.histories.users[data.requests.user], data.requests.time
+    train = data.parts["train"]
+    assert set(zip(user[train].tolist(), time[train].tolist(), strict=True)) == wanted
+    assert left_out
+    assert any(f" {left_out} chunks of the last day of training are left out" in note for note in data.notes)
+    assert bool(data.parts["choose"].any()) is (judged == "choose")
+    if judged == "choose":
+        assert {
+            dt.datetime.fromtimestamp(one / 1000, dt.timezone(dt.timedelta(hours=9))).day
+            for one in time[data.parts["choose"]].tolist()
+        } == {last % 100}
 
 
 # The Complete Journey. Two baskets of a household may share a timestamp; a product may be promoted twice on a shelf.
@@ -481,6 +503,17 @@ JOURNEY_LEAKS: dict[str, tuple[Plant, str]] = {
     "popularity of the same week": (popularity_of_the_week, "numeric"),
     "vectors fitted on training weeks": (vectors_of_training, "vectors"),
 }
+
+
+def test_no_product_is_as_near_to_another_as_to_itself(year: Worlds) -> None:
+    vectors = year.data.vectors.double()
+    products = vectors @ vectors.T
+    alike = products.diagonal().clone()
+    products.fill_diagonal_(-torch.inf)
+    assert bool((products.amax(1) < alike - 0.1).all())
+    same_kind = torch.tensor([one % 6 for one in range(40)])
+    mine = same_kind[:, None] == same_kind
+    assert products[mine].median() - products[~mine].median() > 1.5  # a category and a type of length 1 in common
 
 
 def test_a_basket_is_told_nothing_that_happens_from_its_time_on(year: Worlds) -> None:

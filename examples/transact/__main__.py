@@ -36,7 +36,8 @@ class Options:
     data: Literal["completejourney", "kuairand_pure", "kuairand27k_explicit", "simulator"] = "completejourney"
     """A year of shopping with what the stores promoted; a feed of short videos; or a simulated feed."""
     part: Literal["report", "choose"] = "report"
-    """Which requests are judged: the last weeks, touched once, or those that hyperparameters are chosen on."""
+    """Which requests are judged: the last weeks, touched once, or those that hyperparameters are chosen on, on which
+    KuaiRand's rankers train too before the report."""
     models: tuple[Sequence, ...] = ("transact", "transact_unmasked", "average", "counts", "none")
     """How each trained ranker reads the realtime sequence; the first one is compared with the others."""
     journey: tyro.conf.OmitArgPrefixes[JourneyOptions] = dataclasses.field(default_factory=JourneyOptions)

@@ -52,8 +52,8 @@ class RankingData:
     """Everything that training and evaluation need to know about some exposures.
 
     Raises:
-        ValueError: labels in another order than the heads or not 0 or 1, utilities of other heads, or a code of a user,
-            a request, an item or an action type that there is not.
+        ValueError: labels in another order than the heads or not 0 or 1, utilities of other heads, a request that is in
+            several parts, or a code of a user, a request, an item or an action type that there is not.
     """
 
     name: str
@@ -89,8 +89,6 @@ class RankingData:
     """Candidates of a step, unless it is told."""
     negative_share: float
     """Share of the candidates without any action that training reads, unless it is told."""
-    dropout: float
-    """What training TransAct and BST drops, unless it is told."""
     window_hours: float
     """The longest time window that training TransAct masks, unless it is told; 0: none."""
     notes: tuple[str, ...] = ()
@@ -109,6 +107,10 @@ class RankingData:
             raise ValueError(f"labels must be 0 or 1, got {labels[(labels != 0) & (labels != 1)][0].item()}")
         if len(self.utilities) != heads or self.primary not in self.heads:
             raise ValueError(f"utilities and primary must be of {self.heads}, got {self.utilities} and {self.primary}")
+        if bool((torch.stack([*self.parts.values()]).sum(0) > 1).any()):
+            raise ValueError(
+                f"a request must be in at most one of the parts {', '.join(self.parts)}, got one in several"
+            )
         _check_codes("user", self.requests.user, len(self.histories))
         _check_codes("request", self.candidates.request, len(self.requests.user))
         _check_codes("item", self.candidates.item, len(self.vectors))

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 import recblocks
 from examples.pinnerformer.data import purchase_vectors
@@ -32,11 +33,11 @@ class JourneyOptions:
     judged_baskets: int | None = 2_500
     """Baskets of each of the other parts."""
     dim: int = 8
-    """Columns of a product's vector that hold co-purchase before the training weeks; as many each tell its category
-    and its type from others."""
-    identity_dim: int = 16
-    """Columns that tell a product from any other."""
+    """Width of each part of a product's vector: co-purchase before the training weeks, its category, its type."""
+    identity_dim: int = 18
+    """Width of the part that tells it from any other."""
     exposure_seed: int = 0
+    """Of the candidates that are drawn and of the random parts of the products' vectors."""
 
 
 def load(options: JourneyOptions, *, user_embedding: bool = True) -> RankingData:
@@ -94,7 +95,6 @@ def load(options: JourneyOptions, *, user_embedding: bool = True) -> RankingData
         epochs=1,
         batch_size=1024,
         negative_share=0.1,
-        dropout=0.0,
         window_hours=24.0,
         notes=(
             f"A basket that bought something promoted is a request; its candidates are that and {options.unbought} "
@@ -205,10 +205,11 @@ def _popularity(histories: Timelines, promotions: Promotions, week: Tensor, item
 
 
 def _vectors(histories: Timelines, promotions: Promotions, kinds: Sequence[Tensor], options: JourneyOptions) -> Tensor:
-    """(P, 3 dim + identity_dim): what the same households bought before the training weeks, and whose kind it is.
+    """(P, D) the direction of a product's co-purchase, and random ones for its category, for its type and for itself.
 
-    A random vector for each category, for each type and for each product: what two products share of these, the product
-    of their vectors tells. A product's own is half as long again, so that it is nearest to itself by far.
+    How much two products share, the product of their vectors tells. A product's own direction is half as long again as
+    the others, and nothing's product with it is as large as its own. What was not bought before
+    the training weeks has 0 for co-purchase.
     """
     bought, _ = purchase_vectors(
         histories, _first_time(promotions) - 1, num_items=len(promotions.products), dim=options.dim
@@ -216,10 +217,11 @@ def _vectors(histories: Timelines, promotions: Promotions, kinds: Sequence[Tenso
     generator = torch.Generator().manual_seed(options.exposure_seed)
 
     def told_apart(codes: Tensor, dim: int) -> Tensor:
-        return torch.randn(int(codes.max()) + 1, dim, generator=generator)[codes] / dim**0.5
+        return normalize(torch.randn(int(codes.max()) + 1, dim, generator=generator), dim=1)[codes]
 
     own = 1.5 * told_apart(torch.arange(len(promotions.products)), options.identity_dim)
-    return torch.cat([bought, *(told_apart(kind, options.dim) for kind in kinds), own], 1)
+    # The last two columns of a purchase vector hold what it lacks of unit length, which says how rarely it is bought.
+    return torch.cat([normalize(bought[:, :-2], dim=1), *(told_apart(kind, options.dim) for kind in kinds), own], 1)
 
 
 def _user_embedding(histories: Timelines, promotions: Promotions, users: Tensor, times: Tensor) -> Tensor:

@@ -55,10 +55,13 @@ def load(
     first = torch.full((len(chunks),), torch.iinfo(torch.int64).max).scatter_reduce_(
         0, request, columns["time"], "amin"
     )
+    last = torch.zeros_like(first).scatter_reduce_(0, request, columns["time"], "amax")
     order = request.argsort(stable=True)
     size = torch.bincount(request)
     day, test = chunks % 100_000, torch.zeros(len(chunks), dtype=torch.int64).index_copy_(0, request, columns["test"])
     last_day = day == int(day[test == 0].max())
+    earlier = (test == 0) & ~(last_day & (judged == "choose"))
+    overlapping = earlier & (last >= first[~earlier].min())  # about midnight: its labels come when others are judged
     tags = _codes(seen.items["tag"]) if "tag" in seen.items else torch.arange(len(items))
     heads = ("like", "hate") if name == "kuairand27k_explicit" else tuple(UTILITIES)
     item = torch.searchsorted(items, columns["item"])
@@ -82,7 +85,7 @@ def load(
         positive_types=tuple(kind for kind in range(1, WATCHED + 1) if kind != recblocks.KUAIRAND_TYPES.index("hate")),
         items=items,
         vectors=_vectors(seen, items, options.vector_dim),
-        item_categorical={name: _codes(seen.items[name]) for name in ("tag", "author", "music") if name in seen.items},
+        item_categorical={each: _codes(seen.items[each]) for each in ("tag", "author", "music") if each in seen.items},
         topics=tags,
         top_level=tags,
         requests=requests,
@@ -95,8 +98,8 @@ def load(
             numeric=popularity[order],
         ),
         parts={
-            "train": (test == 0) & ~(last_day & (judged == "choose")),
-            "choose": (test == 0) & last_day & (size >= 4),
+            "train": earlier & ~overlapping,
+            "choose": (test == 0) & last_day & (size >= 4) & (judged == "choose"),
             "report": (test == 1) & (size >= 4),
         },
         label_weights={
@@ -105,12 +108,12 @@ def load(
         epochs=2,
         batch_size=256,
         negative_share=1.0,
-        dropout=0.1,
         window_hours=6.0,
         notes=(
-            f"{seen.report['merged']} repeated rows are merged. Chunks of fewer than 4 impressions are trained on and "
-            "not judged. Nothing is randomised: position bias is in every figure. No user embedding: what came before "
-            "the first day has no times, so none can be learned from it.",
+            f"{seen.report['merged']} repeated rows are merged. {int(overlapping.sum())} chunks of the last day of "
+            "training are left out, as they end when the first judged one has begun. Chunks of fewer than 4 "
+            "impressions are trained on and not judged. Nothing is randomised: position bias is in every figure. No "
+            "user embedding: what came before the first day has no times, so none can be learned from it.",
             *(() if "tag" in seen.items else ("No categories are known here: every video is a topic of its own.",)),
         ),
     )

@@ -48,8 +48,9 @@ class Trained:
     ranker: Ranker
     inputs: Inputs
     negative_share: float
+    """Share of the rows without any action that its loss stands for."""
     own_weights: Tensor
-    """(H,) how much a row with a head's own action weighs in it, against one without any action."""
+    """(H,) how much a row with a head's own action alone weighs in it, against one without any."""
     loss: list[float]
 
 
@@ -111,18 +112,23 @@ def train(
     steps = steps_an_epoch * epochs
     optimizer = torch.optim.AdamW(ranker.parameters(), lr=options.learning_rate, weight_decay=1e-4)
     matrix, base = (weights.to(device) for weights in _label_weights(data, options))
-    trained = Trained(ranker, inputs, share, (base + matrix.diagonal())[:-1].cpu(), [])
+    # What the matrix weighs, it weighs against all rows without action: those that are left stand for the others.
+    stands_for = torch.ones_like(chance) if options.label_weights == "plain" else 1 / chance
+    left = share if options.label_weights == "plain" else 1.0
+    trained = Trained(ranker, inputs, left, (base + matrix.diagonal())[:-1].cpu(), [])
     ranker.train()
     for epoch in range(epochs):
-        kept = torch.rand(len(rows), generator=generator) < chance
-        order = rows[kept][torch.randperm(int(kept.sum()), generator=generator)]
-        for batch, chosen in enumerate(order.tensor_split(steps_an_epoch)):
+        kept = torch.nonzero(torch.rand(len(rows), generator=generator) < chance).squeeze(1)
+        order = kept[torch.randperm(len(kept), generator=generator)]
+        for batch, places in enumerate(order.tensor_split(steps_an_epoch)):
+            chosen = rows[places]
             for group in optimizer.param_groups:
                 group["lr"] = options.learning_rate * _schedule(epoch * steps_an_epoch + batch, steps, options)
             wanted = data.candidates.labels[chosen]
             wanted = torch.cat([wanted, wanted.amax(1, keepdim=True)], 1).to(device)
             logits = forward(inputs(chosen).to(device), windows)
-            loss = label_weighted_bce_with_logits(logits, wanted, matrix, base_weights=base)
+            weights = stands_for[places].to(device)
+            loss = label_weighted_bce_with_logits(logits, wanted, matrix, sample_weights=weights, base_weights=base)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(ranker.parameters(), 1.0)
@@ -143,9 +149,10 @@ def start_from_rates(ranker: Ranker, labels: Tensor, chance: Tensor) -> None:
 
 @torch.no_grad()
 def predict(trained: Trained, rows: Tensor, *, batch_size: int = 4096) -> Tensor:
-    """(N, H) probability of each head, as if training had seen every negative and weighed each row alike.
+    """(N, H) probability of each head, as if training had seen every negative and weighed a head's own action as 1.
 
-    What the label-weight matrix makes other actions weigh stays: it is there to predict fewer saves where hides are.
+    With a label-weight matrix that weighs other actions too it is less than the probability where these are likely:
+    that fewer saves are predicted where hides are is what the matrix is for.
     """
     inputs, device = trained.inputs, next(trained.ranker.parameters()).device
     _, place, size = torch.unique(inputs.data.candidates.request[rows], return_inverse=True, return_counts=True)

@@ -22,7 +22,7 @@ class WorldOptions:
     world: Literal["responsive", "indifferent"] = "responsive"
     """A world whose users answer to what they just did, or one whose do not."""
     world_users: int | None = 800
-    """None: the world's own number."""
+    """Users, as many as four minutes allow; None: the world's own number, which `claims` takes."""
     world_seed: int = 0
 
 
@@ -84,7 +84,6 @@ def load(options: WorldOptions) -> RankingData:
         epochs=1,
         batch_size=1024,
         negative_share=0.25,
-        dropout=0.0,
         window_hours=0.1,
         notes=(
             f"{int((~known).sum())} requests of users who never do anything are left out. No user embedding: training "
