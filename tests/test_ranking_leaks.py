@@ -356,7 +356,7 @@ def test_training_ends_before_the_first_judged_request(
 
 # The Complete Journey. Two baskets of a household may share a timestamp; a product may be promoted twice on a shelf.
 
-JOURNEY = JourneyOptions(unbought=4, baskets=None, judged_baskets=None, dim=4)
+JOURNEY = JourneyOptions(unbought=4, baskets=None, judged_baskets=None, purchase_dim=4)
 STORES, SHELF = (10, 20), 8
 START = int(dt.datetime(2017, 1, 1, 5, tzinfo=dt.timezone.utc).timestamp())
 

@@ -90,7 +90,7 @@ class RankingData:
     negative_share: float
     """Share of the candidates without any action that training reads, unless it is told."""
     window_hours: float
-    """The longest time window that training TransAct masks, unless it is told; 0: none."""
+    """The longest time window that training TransAct masks, unless it is told; 0: none. The paper has 24 everywhere."""
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

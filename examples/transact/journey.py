@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -32,10 +31,12 @@ class JourneyOptions:
     """Training baskets, drawn at random; None: all."""
     judged_baskets: int | None = 2_500
     """Baskets of each of the other parts."""
-    dim: int = 8
-    """Width of each part of a product's vector: co-purchase before the training weeks, its category, its type."""
-    identity_dim: int = 18
-    """Width of the part that tells it from any other."""
+    purchase_dim: int = 12
+    """Width of the part of a product's vector that tells with what it was bought before the training weeks."""
+    category_dim: int = 6
+    type_dim: int = 8
+    identity_dim: int = 14
+    """Widths of the parts that tell its category, its type, and itself from any other."""
     exposure_seed: int = 0
     """Of the candidates that are drawn and of the random parts of the products' vectors."""
 
@@ -63,7 +64,7 @@ def load(options: JourneyOptions, *, user_embedding: bool = True) -> RankingData
         num_action_types=3,  # plain, discounted, coupon
         positive_types=(0, 1, 2),
         items=products,
-        vectors=_vectors(histories, promotions, (text["product_category"], text["product_type"]), options),
+        vectors=_vectors(histories, promotions, text["product_category"], text["product_type"], options),
         item_categorical={name: text[name] for name in ("department", "brand", "product_category", "product_type")},
         topics=text["product_category"],
         top_level=text["department"],
@@ -204,24 +205,33 @@ def _popularity(histories: Timelines, promotions: Promotions, week: Tensor, item
     return torch.stack([until[week - 1, item] - until[week - 1 - weeks, item] for weeks in (1, 4)], 1).float().log1p()
 
 
-def _vectors(histories: Timelines, promotions: Promotions, kinds: Sequence[Tensor], options: JourneyOptions) -> Tensor:
+def _vectors(
+    histories: Timelines, promotions: Promotions, category: Tensor, kind: Tensor, options: JourneyOptions
+) -> Tensor:
     """(P, D) the direction of a product's co-purchase, and random ones for its category, for its type and for itself.
 
     How much two products share, the product of their vectors tells. A product's own direction is half as long again as
-    the others, and nothing's product with it is as large as its own. What was not bought before
-    the training weeks has 0 for co-purchase.
+    the others, and nothing's product with it is as large as its own. What was not bought before the training weeks has
+    0 for co-purchase.
     """
+    # Two more columns of a purchase vector hold what it lacks of unit length: how rarely it is bought.
     bought, _ = purchase_vectors(
-        histories, _first_time(promotions) - 1, num_items=len(promotions.products), dim=options.dim
+        histories, _first_time(promotions) - 1, num_items=len(promotions.products), dim=options.purchase_dim + 2
     )
     generator = torch.Generator().manual_seed(options.exposure_seed)
 
     def told_apart(codes: Tensor, dim: int) -> Tensor:
         return normalize(torch.randn(int(codes.max()) + 1, dim, generator=generator), dim=1)[codes]
 
-    own = 1.5 * told_apart(torch.arange(len(promotions.products)), options.identity_dim)
-    # The last two columns of a purchase vector hold what it lacks of unit length, which says how rarely it is bought.
-    return torch.cat([normalize(bought[:, :-2], dim=1), *(told_apart(kind, options.dim) for kind in kinds), own], 1)
+    return torch.cat(
+        [
+            normalize(bought[:, :-2], dim=1),
+            told_apart(category, options.category_dim),
+            told_apart(kind, options.type_dim),
+            1.5 * told_apart(torch.arange(len(promotions.products)), options.identity_dim),
+        ],
+        1,
+    )
 
 
 def _user_embedding(histories: Timelines, promotions: Promotions, users: Tensor, times: Tensor) -> Tensor:
