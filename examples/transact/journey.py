@@ -33,9 +33,9 @@ class JourneyOptions:
     """Baskets of each of the other parts."""
     purchase_dim: int = 12
     """Width of the part of a product's vector that tells with what it was bought before the training weeks."""
-    category_dim: int = 6
-    type_dim: int = 8
-    identity_dim: int = 14
+    product_category_dim: int = 6
+    product_type_dim: int = 8
+    product_identity_dim: int = 14
     """Widths of the parts that tell its category, its type, and itself from any other."""
     exposure_seed: int = 0
     """Of the candidates that are drawn and of the random parts of the products' vectors."""
@@ -226,9 +226,9 @@ def _vectors(
     return torch.cat(
         [
             normalize(bought[:, :-2], dim=1),
-            told_apart(category, options.category_dim),
-            told_apart(kind, options.type_dim),
-            1.5 * told_apart(torch.arange(len(promotions.products)), options.identity_dim),
+            told_apart(category, options.product_category_dim),
+            told_apart(kind, options.product_type_dim),
+            1.5 * told_apart(torch.arange(len(promotions.products)), options.product_identity_dim),
         ],
         1,
     )
