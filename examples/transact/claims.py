@@ -38,7 +38,9 @@ class Options:
     """Which requests are judged; KuaiRand trains on the days of choosing too before the report."""
     seeds: int = 3
     """Of the rankers; and in the simulated worlds of the users and all they do."""
-    journey: tyro.conf.OmitArgPrefixes[JourneyOptions] = dataclasses.field(default_factory=JourneyOptions)
+    journey: tyro.conf.OmitArgPrefixes[JourneyOptions] = dataclasses.field(
+        default_factory=lambda: JourneyOptions(baskets=20_000)
+    )
     kuairand: tyro.conf.OmitArgPrefixes[KuaiRandOptions] = dataclasses.field(default_factory=KuaiRandOptions)
     world_users: int | None = None
     """Users instead of the world's own number."""

@@ -27,8 +27,8 @@ class JourneyOptions:
 
     unbought: int = 60
     """Promoted products that were not bought, drawn for each basket."""
-    baskets: int | None = 20_000
-    """Training baskets, drawn at random; None: all."""
+    baskets: int | None = 12_000
+    """Training baskets, drawn at random, as many as four minutes allow; None: all. `claims` takes 20,000."""
     judged_baskets: int | None = 2_500
     """Baskets of each of the other parts."""
     purchase_dim: int = 12
