@@ -315,8 +315,8 @@ def test_probabilities_are_corrected_for_the_negatives_left_out_and_own_weights(
 def test_under_the_matrix_fewer_saves_are_predicted_where_hides_are_whatever_share_of_negatives_is_read(
     share: float,
 ) -> None:
-    # Nothing tells the rows apart: of 4,000 a tenth each are saved and hidden. The matrix weighs a hide eleven times
-    # in the save head: .1 / (.1 + 11 · .1 + .8) = .05, and a save half more in the hide head: .1 / (.1 + .15 + .8).
+    # Nothing tells the rows apart: of 4,000 a tenth each are saved and hidden. The matrix weighs a hide 101 times
+    # in the save head: .1 / (.1 + 101 · .1 + .8) = .0091, and a save six times in the hide head: .1 / (.1 + .6 + .8).
     labels = torch.zeros(4_000, 4)
     labels[::10, 0] = labels[1::10, 3] = 1
     trained = train(
@@ -325,10 +325,10 @@ def test_under_the_matrix_fewer_saves_are_predicted_where_hides_are_whatever_sha
         SMALL,
         TrainOptions(epochs=60, batch_size=512, learning_rate=0.02, negative_share=share, label_weights="matrix"),
     )
-    assert trained.own_weights.tolist() == [11, 11, 11, 2]
+    assert trained.own_weights.tolist() == [101, 101, 101, 11]
     found = predict(trained, torch.arange(4_000)).mean(0)
-    assert float(found[0]) == pytest.approx(0.05, rel=0.1)
-    assert float(found[3]) == pytest.approx(0.1 / 1.05, rel=0.1)
+    assert float(found[0]) == pytest.approx(0.1 / 11, rel=0.1)
+    assert float(found[3]) == pytest.approx(0.1 / 1.5, rel=0.1)
 
 
 def alike(labels: torch.Tensor) -> RankingData:

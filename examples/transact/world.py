@@ -75,11 +75,11 @@ def load(options: WorldOptions) -> RankingData:
             "choose": ((day >= world.days - 9) & (day < world.days - 7))[known],
             "report": (day >= world.days - 7)[known],
         },
-        label_weights={
-            "save": {"save": 10.0, "closeup": 0.0, "click": 0.0, "hide": 10.0},
-            "closeup": {"save": 0.0, "closeup": 10.0, "click": 0.0, "hide": 10.0},
-            "click": {"save": 0.0, "closeup": 0.0, "click": 10.0, "hide": 10.0},
-            "hide": {"save": 0.5, "closeup": 0.1, "click": 0.1, "hide": 1.0},
+        label_weights={  # as the paper's, whose repins are saves
+            "save": {"save": 100.0, "closeup": 0.0, "click": 0.0, "hide": 100.0},
+            "closeup": {"save": 0.0, "closeup": 100.0, "click": 0.0, "hide": 100.0},
+            "click": {"save": 0.0, "closeup": 0.0, "click": 100.0, "hide": 100.0},
+            "hide": {"save": 5.0, "closeup": 1.0, "click": 1.0, "hide": 10.0},
         },
         epochs=1,
         batch_size=1024,
