@@ -22,7 +22,7 @@ from examples.transact import claims, world
 from examples.transact.data import Candidates, RankingData, Requests, count_earlier, hand_made_counts, newest_before
 from examples.transact.evaluate import Jury
 from examples.transact.model import Batch, Inputs, ModelOptions, Ranker, Sequence, start_from_matches
-from examples.transact.train import TrainOptions, corrected, predict, start_from_rates, train
+from examples.transact.train import TrainOptions, corrected, predict, scoring, start_from_rates, train
 from recblocks import Timelines
 
 TINY = ["--data", "simulator", "--world-users", "60", "--epochs", "1", "--length", "8", "--num-slots", "3"]
@@ -271,6 +271,20 @@ def test_scores_stand_in_the_order_of_the_rows_asked_for(data: RankingData) -> N
     rows = torch.randperm(500, generator=torch.Generator().manual_seed(3))
     whole = predict(trained, torch.arange(500), batch_size=64)
     torch.testing.assert_close(predict(trained, rows), whole[rows], rtol=1e-4, atol=1e-6)
+
+
+def test_scoring_can_be_stopped_after_the_last_step_too(data: RankingData) -> None:
+    steps: list[int] = []
+
+    def stop(step: int, steps_in_all: int, _: float) -> None:
+        if step == steps_in_all and steps[-1:] == [step]:
+            raise KeyboardInterrupt
+        steps.append(step)
+
+    score = scoring(data, "none", SMALL, TrainOptions(batch_size=8192), torch.arange(500))
+    with pytest.raises(KeyboardInterrupt):
+        score(stop)
+    assert steps == list(range(1, len(steps) + 1))
 
 
 def test_an_untrained_transformer_finds_the_candidate_among_the_actions() -> None:

@@ -69,7 +69,7 @@ def scoring(
 
     def score(on_step: OnStep) -> Scored:
         trained = train(data, sequence, model_options, options, on_step=on_step)
-        return Scored(predict(trained, rows), trained.loss)
+        return Scored(predict(trained, rows, on_step=on_step), trained.loss)
 
     return score
 
@@ -148,17 +148,22 @@ def start_from_rates(ranker: Ranker, labels: Tensor, chance: Tensor) -> None:
 
 
 @torch.no_grad()
-def predict(trained: Trained, rows: Tensor, *, batch_size: int = 4096) -> Tensor:
+def predict(trained: Trained, rows: Tensor, *, batch_size: int = 4096, on_step: OnStep | None = None) -> Tensor:
     """(N, H) probability of each head, as if training had seen every negative and weighed a head's own action as 1.
 
     With a label-weight matrix that weighs other actions too it is less than the probability where these are likely:
-    that fewer saves are predicted where hides are is what the matrix is for.
+    that fewer saves are predicted where hides are is what the matrix is for. ``on_step`` is called after each batch, as
+    it was after the last step of training, so that whoever stops the one stops the other.
     """
     inputs, device = trained.inputs, next(trained.ranker.parameters()).device
     _, place, size = torch.unique(inputs.data.candidates.request[rows], return_inverse=True, return_counts=True)
     order = size[place].argsort(stable=True)  # requests of like size, so that little is padded
-    batches = rows[order].split(batch_size)
-    logits = torch.cat([trained.ranker(inputs(some).to(device)).cpu() for some in batches])
+    parts = []
+    for some in rows[order].split(batch_size):
+        parts.append(trained.ranker(inputs(some).to(device)).cpu())
+        if on_step is not None:
+            on_step(len(trained.loss), len(trained.loss), trained.loss[-1])
+    logits = torch.cat(parts)
     logits = torch.empty_like(logits).index_copy_(0, order, logits).double()
     return corrected(logits.sigmoid(), trained.negative_share, trained.own_weights)
 
