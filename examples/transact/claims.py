@@ -125,7 +125,9 @@ def main(options: Options) -> None:
             console.print(f"{claim.text()}: {interval_text(intervals[-1], '+')}")
     seeds = [f"seed {seed}, 95 %" for seed in range(options.seeds)]
     verdicts = [_row(claim, intervals) for claim, intervals in zip(claims, found, strict=True)]
-    console.print(_table("expected, and what came out", ("expected", "mean", *seeds, "verdict"), verdicts))
+    console.print(
+        _table("expected, and what came out", ("expected", "mean of the seeds'", *seeds, "verdict"), verdicts)
+    )
 
 
 def _load(options: Options, seed: int) -> RankingData:
@@ -193,8 +195,10 @@ def _figure(jury: Jury, judged: Judged, measure: Measure, head: str | None) -> f
 
 
 def _row(claim: Claim, found: Sequence[Interval]) -> list[str]:
-    mean = sum(one.mean for one in found) / len(found)
-    return [claim.text(), f"{mean:+.4f}", *(interval_text(one, "+") for one in found), _verdict(claim, mean, found)]
+    # No narrower than the mean's own interval, whether the seeds share their users or not.
+    mean = Interval(*(sum(ends) / len(found) for ends in zip(*found, strict=True)))
+    shown = (interval_text(one, "+") for one in (mean, *found))
+    return [claim.text(), *shown, _verdict(claim, mean.mean, found)]
 
 
 def _verdict(claim: Claim, mean: float, found: Sequence[Interval]) -> str:
