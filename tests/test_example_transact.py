@@ -379,9 +379,15 @@ def test_training_takes_what_suits_the_data_unless_it_is_told(data: RankingData)
     assert trained.ranker.window.max_window == 2 * 3_600_000
     told = train(data, "none", SMALL, TrainOptions(epochs=2, batch_size=2000, negative_share=0.5))
     assert told.negative_share == 0.5
-    assert len(told.loss) < 2 * steps
+    chance = torch.where(data.candidates.labels[data.rows_of("train")].any(1), 1.0, 0.5)
+    assert len(told.loss) == 2 * math.ceil(float(chance.sum()) / 2000)
     other = dataclasses.replace(SMALL, window_hours=0.0)
     assert Ranker(data, Inputs(data, other, "transact"), "transact", other).window is None
+
+
+def test_a_training_of_no_epoch_is_refused(data: RankingData) -> None:
+    with pytest.raises(ValueError, match="epochs must be at least 1, got 0"):
+        train(data, "none", SMALL, TrainOptions(epochs=0))
 
 
 @pytest.mark.parametrize("share", [0.0, -0.5, 1.5])
@@ -482,7 +488,7 @@ def test_a_claim_comes_out_only_if_every_seed_says_so(
 ) -> None:
     claim = claims.Claim("one", "other", "AUC", "save", expected, bar)  # type: ignore[arg-type]
     found = [recblocks.Interval(mean=(low + high) / 2, low=low, high=high) for low, high in intervals]
-    assert (claims._row(claim, found)[-1] == "comes out") is holds
+    assert (claims._row(claim, found, same_users=False)[-1] == "comes out") is holds
 
 
 @pytest.mark.parametrize(
@@ -498,4 +504,18 @@ def test_an_open_question_is_settled_only_if_every_seed_says_so(
     intervals: list[tuple[float, float]], verdict: str
 ) -> None:
     found = [recblocks.Interval(mean=(low + high) / 2, low=low, high=high) for low, high in intervals]
-    assert claims._row(claims.Claim("one", "other", "AUC", "save", "open"), found)[-1] == verdict
+    assert claims._row(claims.Claim("one", "other", "AUC", "save", "open"), found, same_users=True)[-1] == verdict
+
+
+def test_the_mean_of_the_seeds_has_the_interval_that_their_users_allow() -> None:
+    found = [recblocks.Interval(mean=0.2, low=0.1, high=0.3), recblocks.Interval(mean=0.4, low=0.1, high=0.7)]
+    same, others = (claims._mean(found, same_users=each) for each in (True, False))
+    assert same == pytest.approx((0.3, 0.1, 0.5))
+    assert others == pytest.approx((0.3, 0.3 - 0.1**0.5 / 2, 0.3 + 0.1**0.5 / 2))  # half of sqrt(.1² + .3²)
+
+
+def test_a_claim_that_says_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="AUC is of one head, whichever heads rank"):
+        claims.Claim("one", "other", "AUC", "save", heads="positive")
+    with pytest.raises(ValueError, match="seeds must be at least 1, got 0"):
+        claims.main(tyro.cli(claims.Options, args=["--data", "indifferent", "--seeds", "0"]))

@@ -322,7 +322,7 @@ def test_rows_that_repeat_are_one_candidate_of_one_request(
 
 @pytest.mark.parametrize("part", get_args(Part))
 @pytest.mark.parametrize("judged", ["report", "choose"])
-def test_training_ends_before_the_first_judged_request(
+def test_training_ends_before_the_first_later_request(
     part: Part, judged: Literal["report", "choose"], tmp_path: pathlib.Path
 ) -> None:
     feed = small_feed(part)

@@ -61,7 +61,9 @@ def load(
     day, test = chunks % 100_000, torch.zeros(len(chunks), dtype=torch.int64).index_copy_(0, request, columns["test"])
     last_day = day == int(day[test == 0].max())
     earlier = (test == 0) & ~(last_day & (judged == "choose"))
-    overlapping = earlier & (last >= first[~earlier].min())  # about midnight: its labels come when others are judged
+    overlapping = earlier & (
+        last >= first[~earlier].min()
+    )  # about midnight: its labels come when a later chunk has begun
     tags = _codes(seen.items["tag"]) if "tag" in seen.items else torch.arange(len(items))
     heads = ("like", "hate") if name == "kuairand27k_explicit" else tuple(UTILITIES)
     item = torch.searchsorted(items, columns["item"])
@@ -111,7 +113,7 @@ def load(
         window_hours=6.0,
         notes=(
             f"{seen.report['merged']} repeated rows are merged. {int(overlapping.sum())} chunks of the last day of "
-            "training are left out, as they end when the first judged one has begun. Chunks of fewer than 4 "
+            "training are left out, as they end when the first later one has begun. Chunks of fewer than 4 "
             "impressions are trained on and not judged. Nothing is randomised: position bias is in every figure. No "
             "user embedding: what came before the first day has no times, so none can be learned from it.",
             *(() if "tag" in seen.items else ("No categories are known here: every video is a topic of its own.",)),

@@ -102,6 +102,8 @@ def train(
     rows = data.rows_of("train")
     epochs = data.epochs if options.epochs is None else options.epochs
     share = data.negative_share if options.negative_share is None else options.negative_share
+    if epochs < 1:
+        raise ValueError(f"epochs must be at least 1, got {epochs}")
     if not 0 < share <= 1:
         raise ValueError(f"negative_share must be above 0 and at most 1, got {share}")
     labels = data.candidates.labels[rows]
@@ -151,9 +153,10 @@ def start_from_rates(ranker: Ranker, labels: Tensor, chance: Tensor) -> None:
 def predict(trained: Trained, rows: Tensor, *, batch_size: int = 4096, on_step: OnStep | None = None) -> Tensor:
     """(N, H) probability of each head, as if training had seen every negative and weighed a head's own action as 1.
 
-    With a label-weight matrix that weighs other actions too it is less than the probability where these are likely:
-    that fewer saves are predicted where hides are is what the matrix is for. ``on_step`` is called after each batch, as
-    it was after the last step of training, so that whoever stops the one stops the other.
+    With a label-weight matrix that weighs other actions too it is no probability: less where these come instead of the
+    head's own, which is what the matrix is for (fewer saves where hides are), more where they come with it.
+    ``on_step`` is called after each batch, as it was after the last step of training, so that whoever stops the one
+    stops the other.
     """
     inputs, device = trained.inputs, next(trained.ranker.parameters()).device
     _, place, size = torch.unique(inputs.data.candidates.request[rows], return_inverse=True, return_counts=True)

@@ -75,7 +75,7 @@ def load(options: WorldOptions) -> RankingData:
             "choose": ((day >= world.days - 9) & (day < world.days - 7))[known],
             "report": (day >= world.days - 7)[known],
         },
-        label_weights={  # as the paper's, whose repins are saves
+        label_weights={  # the paper's, whose repins are saves; closeups as clicks
             "save": {"save": 100.0, "closeup": 0.0, "click": 0.0, "hide": 100.0},
             "closeup": {"save": 0.0, "closeup": 100.0, "click": 0.0, "hide": 100.0},
             "click": {"save": 0.0, "closeup": 0.0, "click": 100.0, "hide": 100.0},
