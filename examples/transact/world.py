@@ -22,7 +22,7 @@ class WorldOptions:
     world: Literal["responsive", "indifferent"] = "responsive"
     """A world whose users answer to what they just did, or one whose do not."""
     world_users: int | None = 800
-    """Users, as many as four minutes allow; None: the world's own number, which `claims` takes."""
+    """Users, fewer than the world's own 2,000, which `claims` takes, so that the demo takes two minutes; None: all."""
     world_seed: int = 0
 
 
