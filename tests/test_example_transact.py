@@ -349,7 +349,6 @@ def alike(labels: torch.Tensor) -> RankingData:
     """A tenth as many requests as candidates, of which nothing but their labels differs; all of them are trained on."""
     num, one = len(labels) // 10, torch.zeros(len(labels), dtype=torch.int64)
     histories = Timelines.from_arrays(user=one[:1], time=one[:1], item=one[:1], action_type=one[:1], unit="s")
-    names = ("save", "closeup", "click", "hide")
     data = world.load(world.WorldOptions(world_users=20))
     return dataclasses.replace(
         data,
@@ -361,7 +360,7 @@ def alike(labels: torch.Tensor) -> RankingData:
             request=torch.arange(num).repeat_interleave(10),
             item=one,
             labels=labels,
-            label_names=names,
+            label_names=data.heads,
             categorical={},
             numeric=torch.zeros(len(labels), 1),
         ),

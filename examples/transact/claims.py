@@ -106,6 +106,8 @@ def main(options: Options) -> None:
     console = Console(width=190)
     is_world = options.data in ("responsive", "indifferent")
     claims = _claims(options.data)
+    of_positive = [claim for claim in claims if claim.heads == "positive"]
+    rank_by_positive = dict.fromkeys(name for claim in of_positive for name in (claim.one, claim.other))
     found: list[list[Interval]] = [[] for _ in claims]
     every_seed = range(options.train.seed, options.train.seed + options.seeds)
     for seed in every_seed:
@@ -120,10 +122,7 @@ def main(options: Options) -> None:
         judged = {name: jury.judge(name, each.probabilities) for name, each in scored.items()}
         positive = [max(utility, 0.0) for utility in data.utilities]
         by_positive = {
-            name: jury.judge(name, scored[name].probabilities, utilities=positive)
-            for name in dict.fromkeys(
-                name for claim in claims if claim.heads == "positive" for name in (claim.one, claim.other)
-            )
+            name: jury.judge(name, scored[name].probabilities, utilities=positive) for name in rank_by_positive
         }
         shown = list(dict.fromkeys((claim.measure, claim.head) for claim in claims))
         headings = ("ranker", *(measure if head is None else f"{measure} of {head}" for measure, head in shown))

@@ -60,7 +60,8 @@ def load(
     size = torch.bincount(request)
     day, test = chunks % 100_000, torch.zeros(len(chunks), dtype=torch.int64).index_copy_(0, request, columns["test"])
     last_day = day == int(day[test == 0].max())
-    earlier = (test == 0) & ~(last_day & (judged == "choose"))
+    chosen_on = (test == 0) & last_day & (judged == "choose")
+    earlier = (test == 0) & ~chosen_on
     overlapping = earlier & (
         last >= first[~earlier].min()
     )  # about midnight: its labels come when a later chunk has begun
@@ -101,7 +102,7 @@ def load(
         ),
         parts={
             "train": earlier & ~overlapping,
-            "choose": (test == 0) & last_day & (size >= 4) & (judged == "choose"),
+            "choose": chosen_on & (size >= 4),
             "report": (test == 1) & (size >= 4),
         },
         label_weights={

@@ -115,8 +115,8 @@ def train(
     optimizer = torch.optim.AdamW(ranker.parameters(), lr=options.learning_rate, weight_decay=1e-4)
     matrix, base = (weights.to(device) for weights in _label_weights(data, options))
     # What the matrix weighs, it weighs against all rows without action: those that are left stand for the others.
-    stands_for = torch.ones_like(chance) if options.label_weights == "plain" else 1 / chance
-    left = share if options.label_weights == "plain" else 1.0
+    is_plain = options.label_weights == "plain"
+    left, stands_for = (share, torch.ones_like(chance)) if is_plain else (1.0, 1 / chance)
     trained = Trained(ranker, inputs, left, (base + matrix.diagonal())[:-1].cpu(), [])
     ranker.train()
     for epoch in range(epochs):
