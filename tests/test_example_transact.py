@@ -305,9 +305,10 @@ def test_an_untrained_transformer_finds_the_candidate_among_the_actions() -> Non
 
 def test_heads_begin_at_the_rates_that_training_sees(data: RankingData) -> None:
     ranker = Ranker(data, Inputs(data, SMALL, "none"), "none", SMALL)
-    labels = torch.tensor([[1.0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0], [0, 1, 0, 0]])
-    start_from_rates(ranker, labels, torch.tensor([1.0, 0.5, 0.5, 1.0]))
-    expected = torch.tensor([1 / 3, 1 / 3, 1e-6, 1e-6, 2 / 3])
+    labels = torch.tensor([[1.0, 0, 0, 0, 1], [0, 0, 0, 0, 0], [0, 0, 0, 0, 0], [0, 1, 0, 0, 1]])
+    weights = torch.tensor([[1.0, 1, 1, 1, 1], [0.5] * 5, [0.5] * 5, [1, 4, 1, 1, 1]])
+    start_from_rates(ranker, labels, weights)
+    expected = torch.tensor([1 / 3, 4 / 6, 1e-6, 1e-6, 2 / 3])
     torch.testing.assert_close(ranker.mlp[-1].bias.sigmoid(), expected)
 
 
@@ -343,6 +344,17 @@ def test_under_the_matrix_fewer_saves_are_predicted_where_hides_are_whatever_sha
     found = predict(trained, torch.arange(4_000)).mean(0)
     assert float(found[0]) == pytest.approx(0.1 / 11, rel=0.1)
     assert float(found[3]) == pytest.approx(0.1 / 1.5, rel=0.1)
+
+
+@pytest.mark.parametrize("share", [1.0, 0.2])
+def test_under_the_matrix_heads_begin_at_the_rates_that_it_weighs(share: float) -> None:
+    labels = torch.zeros(4_000, 4)
+    labels[::10, 0] = labels[1::10, 3] = 1
+    options = TrainOptions(epochs=1, learning_rate=0, negative_share=share, label_weights="matrix")
+    begun = train(alike(labels), "none", SMALL, options).ranker.mlp[-1].bias.sigmoid()
+    # Per ten rows: a save and a hide weigh 101 each in the save head; in the hide head 6 and 11; any action 1.
+    expected = torch.tensor([101 / (101 + 101 + 8), 1e-6, 1e-6, 11 / (6 + 11 + 8), 2 / 10])
+    torch.testing.assert_close(begun, expected)
 
 
 def alike(labels: torch.Tensor) -> RankingData:

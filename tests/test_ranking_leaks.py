@@ -12,7 +12,7 @@ import os
 import pathlib
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -322,10 +322,15 @@ def test_rows_that_repeat_are_one_candidate_of_one_request(
 
 @pytest.mark.parametrize("part", get_args(Part))
 @pytest.mark.parametrize("judged", ["report", "choose"])
-def test_training_ends_before_the_first_later_request(
-    part: Part, judged: Literal["report", "choose"], tmp_path: pathlib.Path
+@pytest.mark.parametrize("first_is_judged", [True, False])
+def test_training_ends_before_the_first_judged_request(
+    part: Part, judged: Literal["report", "choose"], first_is_judged: bool, tmp_path: pathlib.Path
 ) -> None:
     feed = small_feed(part)
+    if not first_is_judged:  # user 0, who begins before midnight, is shown three videos a day
+        minute = (feed.rows["time_ms"] // MINUTE + 480) % 1440
+        kept = (feed.rows["user_id"] != 0) | ((minute > 10) & (minute < 1439))
+        feed = feed._replace(rows={name: column[kept] for name, column in feed.rows.items()})
     chunks: dict[tuple[int, int], list[dict[str, int]]] = {}
     for values in zip(*(column.tolist() for column in feed.rows.values()), strict=True):
         row = dict(zip(feed.rows, values, strict=True))
@@ -333,7 +338,11 @@ def test_training_ends_before_the_first_later_request(
     past = sorted({date for (_, date), rows in chunks.items() if min(row["test"] for row in rows) == 0})
     if judged == "choose":
         *past, last = past
-    judged_from = min(min(row["time_ms"] for row in rows) for (_, date), rows in chunks.items() if date > past[-1])
+    judged_from = min(
+        min(row["time_ms"] for row in rows)
+        for (_, date), rows in chunks.items()
+        if date > past[-1] and len({(row["video_id"], row["time_ms"]) for row in rows}) >= 4
+    )
     wanted, left_out = set(), 0
     for (user, date), rows in chunks.items():
         times = [row["time_ms"] for row in rows]
@@ -344,7 +353,7 @@ def test_training_ends_before_the_first_later_request(
     user, time = data.histories.users[data.requests.user], data.requests.time
     train = data.parts["train"]
     assert set(zip(user[train].tolist(), time[train].tolist(), strict=True)) == wanted
-    assert left_out
+    assert bool(left_out) is first_is_judged
     assert any(f" {left_out} chunks of the last day of training are left out" in note for note in data.notes)
     assert bool(data.parts["choose"].any()) is (judged == "choose")
     if judged == "choose":
@@ -514,6 +523,19 @@ def test_no_product_is_as_near_to_another_as_to_itself(year: Worlds) -> None:
     same_kind = torch.tensor([one % 6 for one in range(40)])
     mine = same_kind[:, None] == same_kind
     assert products[mine].median() - products[~mine].median() > 1.5  # a category and a type of length 1 in common
+
+
+def test_what_was_hardly_bought_has_no_direction_of_co_purchase(year: Worlds, monkeypatch: pytest.MonkeyPatch) -> None:
+    def rounded(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        vectors, popularity = purchase_vectors(*args, **options)
+        vectors[5, :-2] *= 1e-6
+        popularity[7, 2] = 0
+        return vectors, popularity
+
+    monkeypatch.setattr(journey, "purchase_vectors", rounded)
+    vectors = journey_data(*year.raw).vectors[:, : JOURNEY.purchase_dim]
+    assert vectors.square().sum(1).round().tolist() == [float(row not in (5, 7)) for row in range(40)]
+    assert not vectors[[5, 7]].any()
 
 
 def test_a_basket_is_told_nothing_that_happens_from_its_time_on(year: Worlds) -> None:

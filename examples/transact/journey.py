@@ -211,13 +211,16 @@ def _vectors(
     """(P, D) the direction of a product's co-purchase, and random ones for its category, for its type and for itself.
 
     How much two products share, the product of their vectors tells. A product's own direction is half as long again as
-    the others, and nothing's product with it is as large as its own. What was not bought before the training weeks has
-    0 for co-purchase.
+    the others, and nothing's product with it is as large as its own. What was not bought before the training weeks, or
+    so seldom that its direction is a rounding error, has 0 for co-purchase.
     """
     # Two more columns of a purchase vector hold what it lacks of unit length: how rarely it is bought.
-    bought, _ = purchase_vectors(
+    bought, popularity = purchase_vectors(
         histories, _first_time(promotions) - 1, num_items=len(promotions.products), dim=options.purchase_dim + 2
     )
+    bought, was_bought = bought[:, :-2], popularity[:, 2:]
+    # Products that nobody bought came out up to 2e-5 long, where the longest is 1.
+    bought = torch.where((was_bought > 0) & (bought.norm(dim=1, keepdim=True) > 1e-4), bought, 0)
     generator = torch.Generator().manual_seed(options.exposure_seed)
 
     def told_apart(codes: Tensor, dim: int) -> Tensor:
@@ -225,7 +228,7 @@ def _vectors(
 
     return torch.cat(
         [
-            normalize(bought[:, :-2], dim=1),
+            normalize(bought, dim=1),
             told_apart(category, options.product_category_dim),
             told_apart(kind, options.product_type_dim),
             1.5 * told_apart(torch.arange(len(promotions.products)), options.product_identity_dim),

@@ -61,10 +61,9 @@ def load(
     day, test = chunks % 100_000, torch.zeros(len(chunks), dtype=torch.int64).index_copy_(0, request, columns["test"])
     last_day = day == int(day[test == 0].max())
     chosen_on = (test == 0) & last_day & (judged == "choose")
-    earlier = (test == 0) & ~chosen_on
-    overlapping = earlier & (
-        last >= first[~earlier].min()
-    )  # about midnight: its labels come when a later chunk has begun
+    earlier, is_judged = (test == 0) & ~chosen_on, size >= 4
+    # About midnight: a chunk's labels come when a judged one has begun.
+    overlapping = earlier & (last >= first[~earlier & is_judged].min())
     tags = _codes(seen.items["tag"]) if "tag" in seen.items else torch.arange(len(items))
     heads = ("like", "hate") if name == "kuairand27k_explicit" else tuple(UTILITIES)
     item = torch.searchsorted(items, columns["item"])
@@ -102,8 +101,8 @@ def load(
         ),
         parts={
             "train": earlier & ~overlapping,
-            "choose": chosen_on & (size >= 4),
-            "report": (test == 1) & (size >= 4),
+            "choose": chosen_on & is_judged,
+            "report": (test == 1) & is_judged,
         },
         label_weights={
             head: {action: float(head == action or "hate" in (head, action)) for action in heads} for head in heads
@@ -114,7 +113,7 @@ def load(
         window_hours=6.0,
         notes=(
             f"{seen.report['merged']} repeated rows are merged. {int(overlapping.sum())} chunks of the last day of "
-            "training are left out, as they end when the first later one has begun. Chunks of fewer than 4 "
+            "training are left out, as they end when the first judged one has begun. Chunks of fewer than 4 "
             "impressions are trained on and not judged. Nothing is randomised: position bias is in every figure. No "
             "user embedding: what came before the first day has no times, so none can be learned from it.",
             *(() if "tag" in seen.items else ("No categories are known here: every video is a topic of its own.",)),

@@ -106,18 +106,20 @@ def train(
         raise ValueError(f"epochs must be at least 1, got {epochs}")
     if not 0 < share <= 1:
         raise ValueError(f"negative_share must be above 0 and at most 1, got {share}")
+    chance = sampling_chance(data.candidates.labels[rows], share)
     labels = data.candidates.labels[rows]
-    chance = sampling_chance(labels, share)
-    start_from_rates(ranker, labels, chance)
+    labels = torch.cat([labels, labels.amax(1, keepdim=True)], 1)
     batch_size = data.batch_size if options.batch_size is None else options.batch_size
     steps_an_epoch = math.ceil(float(chance.sum()) / batch_size)
     steps = steps_an_epoch * epochs
     optimizer = torch.optim.AdamW(ranker.parameters(), lr=options.learning_rate, weight_decay=1e-4)
-    matrix, base = (weights.to(device) for weights in _label_weights(data, options))
+    matrix, base = _label_weights(data, options)
     # What the matrix weighs, it weighs against all rows without action: those that are left stand for the others.
     is_plain = options.label_weights == "plain"
     left, stands_for = (share, torch.ones_like(chance)) if is_plain else (1.0, 1 / chance)
-    trained = Trained(ranker, inputs, left, (base + matrix.diagonal())[:-1].cpu(), [])
+    start_from_rates(ranker, labels, (chance * stands_for)[:, None] * (labels @ matrix.T + base))
+    trained = Trained(ranker, inputs, left, (base + matrix.diagonal())[:-1], [])
+    matrix, base = matrix.to(device), base.to(device)
     ranker.train()
     for epoch in range(epochs):
         kept = torch.nonzero(torch.rand(len(rows), generator=generator) < chance).squeeze(1)
@@ -126,14 +128,11 @@ def train(
             chosen = rows[places]
             for group in optimizer.param_groups:
                 group["lr"] = options.learning_rate * _schedule(epoch * steps_an_epoch + batch, steps, options)
-            wanted = data.candidates.labels[chosen]
-            wanted = torch.cat([wanted, wanted.amax(1, keepdim=True)], 1).to(device)
+            wanted, weights = labels[places].to(device), stands_for[places].to(device)
             logits = forward(inputs(chosen).to(device), windows)
-            weights = stands_for[places].to(device)
             loss = label_weighted_bce_with_logits(logits, wanted, matrix, sample_weights=weights, base_weights=base)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            nn.utils.clip_grad_norm_(ranker.parameters(), 1.0)
             optimizer.step()
             trained.loss.append(loss.item())
             if on_step is not None:
@@ -143,9 +142,15 @@ def train(
 
 
 @torch.no_grad()
-def start_from_rates(ranker: Ranker, labels: Tensor, chance: Tensor) -> None:
-    """Let every head begin at how often its action is seen, which rare ones would not reach in one epoch."""
-    seen = torch.cat([labels, labels.amax(1, keepdim=True)], 1).sum(0) / chance.sum()
+def start_from_rates(ranker: Ranker, labels: Tensor, weights: Tensor) -> None:
+    """Let every head begin at how often its action is seen, which rare ones would not reach in one epoch.
+
+    Args:
+        ranker: whose logits begin so.
+        labels: (N, H + 1) 0 or 1; the last column is that of any action.
+        weights: (N, H + 1) how much each row is expected to weigh in each head's cross entropy.
+    """
+    seen = (weights * labels).sum(0) / weights.sum(0)
     ranker.mlp[-1].bias.copy_(seen.clamp(1e-6, 1 - 1e-6).logit())
 
 
