@@ -481,13 +481,8 @@ def test_claims_are_judged_on_every_seed(capsys: pytest.CaptureFixture[str]) -> 
         ("less", 0.0, [(-0.3, -0.1), (-0.2, 0.1)], False),
         ("same", 0.0, [(-0.3, 0.1), (-0.2, 0.1)], True),
         ("same", 0.0, [(-0.3, 0.1), (0.1, 0.2)], True),  # one of two beside 0 is no effect: mean 0.025
-        ("same", 0.0, [(-0.3, -0.1), (-0.2, 0.1)], False),  # mean -0.125, half a width of sqrt(.1² + .15²) / 2 = 0.09
-        (
-            "same",
-            0.0,
-            [(-0.02, 0.1), (0.01, 0.2)],
-            False,
-        ),  # mean 0.0725, half a width of sqrt(.06² + .095²) / 2 = 0.056
+        ("same", 0.0, [(-0.4, 0.0), (-0.5, 0.12)], False),  # means of -0.2 and -0.19: half a width of 12.7 * 0.005
+        ("same", 0.0, [(0.1, 0.2), (0.01, 0.02)], True),  # means of 0.15 and 0.015: trainings differ by more than 0
         ("within", 0.01, [(-0.1, 0.1), (-0.1, 0.09)], True),  # mean -0.0025
         ("within", 0.01, [(-0.1, 0.1), (-0.1, 0.04)], False),  # mean -0.015
         ("not less", 0.0, [(-0.3, 0.1), (0.1, 0.2)], True),
@@ -518,11 +513,13 @@ def test_an_open_question_is_settled_only_if_every_seed_says_so(
     assert claims._row(claims.Claim("one", "other", "AUC", "save", "open"), found, same_users=True)[-1] == verdict
 
 
-def test_the_mean_of_the_seeds_has_the_interval_that_their_users_allow() -> None:
+def test_the_mean_of_the_seeds_has_the_interval_of_their_users_or_of_themselves() -> None:
     found = [recblocks.Interval(mean=0.2, low=0.1, high=0.3), recblocks.Interval(mean=0.4, low=0.1, high=0.7)]
     same, others = (claims._mean(found, same_users=each) for each in (True, False))
     assert same == pytest.approx((0.3, 0.1, 0.5))
-    assert others == pytest.approx((0.3, 0.3 - 0.1**0.5 / 2, 0.3 + 0.1**0.5 / 2))  # half of sqrt(.1² + .3²)
+    half = 12.7062 * 0.1  # Student's t of one degree of freedom, and a standard error of 0.1
+    assert others == pytest.approx((0.3, 0.3 - half, 0.3 + half), rel=1e-5)
+    assert claims._mean(found[:1], same_users=False) == pytest.approx(found[0])
 
 
 def test_a_claim_that_says_nothing_is_refused() -> None:

@@ -11,6 +11,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Literal
 
+import numpy as np
+import scipy.stats
 import torch
 import tyro
 from rich.console import Console
@@ -208,14 +210,16 @@ def _row(claim: Claim, found: Sequence[Interval], *, same_users: bool) -> list[s
 
 
 def _mean(found: Sequence[Interval], *, same_users: bool) -> Interval:
-    """The mean over seeds: of the same users as wide as they are in the mean, of others half widths add in squares.
+    """The mean over seeds: of the same users as wide as these make it; else Student's, from how far the seeds differ.
 
-    What another training would change is in it only as far as it shows in the mean.
+    Only the latter holds what another training would change. Of one seed both are that seed's.
     """
-    middle = sum(one.mean for one in found) / len(found)
-    halves = [(one.high - one.low) / 2 for one in found]
-    half = (sum(halves) if same_users else sum(each**2 for each in halves) ** 0.5) / len(found)
-    return Interval(middle, middle - half, middle + half)
+    means = np.array([one.mean for one in found])
+    if same_users or len(found) == 1:
+        half = sum((one.high - one.low) / 2 for one in found) / len(found)
+    else:
+        half = scipy.stats.t.ppf(0.975, len(found) - 1) * means.std(ddof=1) / len(found) ** 0.5
+    return Interval(float(means.mean()), float(means.mean() - half), float(means.mean() + half))
 
 
 def _verdict(claim: Claim, mean: Interval, found: Sequence[Interval]) -> str:

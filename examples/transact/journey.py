@@ -27,7 +27,7 @@ class JourneyOptions:
 
     unbought: int = 60
     """Promoted products that were not bought, drawn for each basket."""
-    baskets: int | None = 12_000
+    baskets: int | None = 9_000
     """Training baskets, drawn at random, as many as four minutes allow; None: all. `claims` takes 20,000."""
     judged_baskets: int | None = 2_500
     """Baskets of each of the other parts."""
