@@ -94,7 +94,7 @@ def load(options: JourneyOptions, *, user_embedding: bool = True) -> RankingData
         parts={name: (asked["week"] >= low) & (asked["week"] <= high) for name, (low, high) in WEEKS.items()},
         label_weights={head: {action: float(head == action) for action in HEADS} for head in HEADS},
         epochs=1,
-        batch_size=1024,
+        batch_size=512,
         negative_share=0.1,
         window_hours=24.0,
         notes=(
