@@ -18,7 +18,8 @@ from recblocks import Interval
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 14px }
+table { display: block; overflow-x: auto; border-collapse: collapse }
+table { font-variant-numeric: tabular-nums; font-size: 14px }
 th, td { padding: .3rem .7rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap }
 th:first-child, td:first-child { text-align: left }
 .ours { font-weight: 600; background: #eef4fb }

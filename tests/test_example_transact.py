@@ -489,12 +489,13 @@ def test_claims_are_judged_on_every_seed(capsys: pytest.CaptureFixture[str]) -> 
         ("not less", 0.0, [(-0.3, -0.1), (0.1, 0.2)], False),
     ],
 )
-def test_a_claim_comes_out_only_if_every_seed_says_so(
+def test_a_claim_comes_out_by_its_rule(
     expected: str, bar: float, intervals: list[tuple[float, float]], *, holds: bool
 ) -> None:
     claim = claims.Claim("one", "other", "AUC", "save", expected, bar)  # type: ignore[arg-type]
     found = [recblocks.Interval(mean=(low + high) / 2, low=low, high=high) for low, high in intervals]
-    assert (claims._row(claim, found, same_users=False)[-1] == "comes out") is holds
+    verdict = claims._row(claim, found, same_users=False)[-1]
+    assert verdict.startswith(("comes out", "no difference told from 0:")) is holds
 
 
 @pytest.mark.parametrize(

@@ -212,14 +212,14 @@ def _vectors(
 
     How much two products share, the product of their vectors tells. A product's own direction is half as long again as
     the others, and nothing's product with it is as large as its own. What was not bought before the training weeks, or
-    so seldom that its direction is a rounding error, has 0 for co-purchase.
+    by households of which these columns hold so little that rounding would show, has 0 for co-purchase.
     """
     # Two more columns of a purchase vector hold what it lacks of unit length: how rarely it is bought.
     bought, popularity = purchase_vectors(
         histories, _first_time(promotions) - 1, num_items=len(promotions.products), dim=options.purchase_dim + 2
     )
     bought, was_bought = bought[:, :-2], popularity[:, 2:]
-    # Products that nobody bought came out up to 2e-5 long, where the longest is 1.
+    # Products that nobody bought came out up to 2e-5 long, where the longest are 1.
     bought = torch.where((was_bought > 0) & (bought.norm(dim=1, keepdim=True) > 1e-4), bought, 0)
     generator = torch.Generator().manual_seed(options.exposure_seed)
 

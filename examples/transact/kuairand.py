@@ -62,6 +62,8 @@ def load(
     last_day = day == int(day[test == 0].max())
     chosen_on = (test == 0) & last_day & (judged == "choose")
     earlier, is_judged = (test == 0) & ~chosen_on, size >= 4
+    if not bool((~earlier & is_judged).any()):
+        raise ValueError(f"{name} must hold a later chunk of at least 4 impressions, got none to judge")
     # About midnight: a chunk's labels come when a judged one has begun.
     overlapping = earlier & (last >= first[~earlier & is_judged].min())
     tags = _codes(seen.items["tag"]) if "tag" in seen.items else torch.arange(len(items))

@@ -39,8 +39,7 @@ class ModelOptions:
     length: int = 50
     """Newest actions that are read, S."""
     type_dim: int = 32
-    """Width of a type's embedding (TA 4.1.2). A max pool shows which types there were only where each is the largest in
-    a column of its own, which with a few random columns depends on the seed."""
+    """Width of a type's embedding (TA 4.1.2)."""
     num_layers: int = 2
     hidden_dim: int = 32
     """Width of the transformer's feed-forward network."""

@@ -106,8 +106,8 @@ def train(
         raise ValueError(f"epochs must be at least 1, got {epochs}")
     if not 0 < share <= 1:
         raise ValueError(f"negative_share must be above 0 and at most 1, got {share}")
-    chance = sampling_chance(data.candidates.labels[rows], share)
     labels = data.candidates.labels[rows]
+    chance = sampling_chance(labels, share)
     labels = torch.cat([labels, labels.amax(1, keepdim=True)], 1)
     batch_size = data.batch_size if options.batch_size is None else options.batch_size
     steps_an_epoch = math.ceil(float(chance.sum()) / batch_size)
@@ -143,7 +143,7 @@ def train(
 
 @torch.no_grad()
 def start_from_rates(ranker: Ranker, labels: Tensor, weights: Tensor) -> None:
-    """Let every head begin at how often its action is seen, which rare ones would not reach in one epoch.
+    """Let every head begin at its action's share of the weight, which rare ones would not reach in one epoch.
 
     Args:
         ranker: whose logits begin so.
