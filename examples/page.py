@@ -17,11 +17,11 @@ from torch import Tensor
 from recblocks import Interval
 
 _STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 80rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
 table { display: block; overflow-x: auto; border-collapse: collapse }
-table { font-variant-numeric: tabular-nums; font-size: 14px }
-th, td { padding: .3rem .7rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap }
-th:first-child, td:first-child { text-align: left }
+table { font-variant-numeric: tabular-nums; font-size: 13px }
+th, td { padding: .3rem .45rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap }
+th:first-child, td:first-child { text-align: left; white-space: normal }
 .ours { font-weight: 600; background: #eef4fb }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(26rem, 1fr)); gap: 1rem }
 figure { margin: 0 } img { max-width: 100% } figcaption { color: #555; font-size: 14px }
