@@ -15,14 +15,11 @@ from torch import Tensor, nn
 
 from recblocks import _checks
 from recblocks._distributed import group_size
+from recblocks._hashing import FIRST, LOW_32, mix, signed, splitmix
 
 _SIGHTING = 1 << 16  # fixed point: what one sighting adds to a counter
 _MOST_COUNTERS = (1 << 31) - 1  # in a row
 _MOST_SIGHTINGS = 2.0**46  # beyond it a counter would leave the exact range of int64 and float64
-_GOLDEN = 0x9E3779B97F4A7C15  # the increment and the two multipliers of splitmix64
-_FIRST = 0xBF58476D1CE4E5B9
-_SECOND = 0x94D049BB133111EB
-_LOW_32 = (1 << 32) - 1
 _CHUNK = 5 << 14  # hashes at a time on a CPU, so that they stay in cache
 _PRECISION = 14  # log2 of HyperLogLog++'s registers: 16 KiB, a standard error of 0.8 %
 
@@ -80,9 +77,9 @@ class CountMinSketch(nn.Module):
         if not 0 <= seed < 1 << 63:
             raise ValueError(f"seed must be from 0 to 2**63 - 1, got {seed}")
         self.width, self.depth, self.seed = width, depth, seed
-        self.register_load_state_dict_pre_hook(_refuse_others)  # type: ignore[no-untyped-call]
-        multipliers = [_signed(_splitmix(seed, row + 1) | 1) for row in range(0, depth, 2)]
-        self._hash = _signed(_splitmix(seed, 0)), multipliers, width, depth
+        self.register_load_state_dict_pre_hook(refuse_others)  # type: ignore[no-untyped-call]
+        multipliers = [signed(splitmix(seed, row + 1) | 1) for row in range(0, depth, 2)]
+        self._hash = signed(splitmix(seed, 0)), multipliers, width, depth
         for part in ("synced", "pending"):
             self.register_buffer(part, torch.zeros(depth, width, dtype=torch.int64, device=device))
             self.register_buffer(f"{part}_total", torch.zeros((), dtype=torch.int64, device=device))
@@ -316,7 +313,7 @@ class CountMinSketch(nn.Module):
             )
 
 
-def _refuse_others(sketch: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: object) -> None:
+def refuse_others(sketch: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: object) -> None:
     """Refuse counters of another shape or seed, whose answers would be nonsense, before any of them is copied."""
     assert isinstance(sketch, CountMinSketch)
     state = state_dict.get(prefix + "_extra_state")
@@ -351,11 +348,11 @@ def _multiply_rounding_up(counters: Tensor, factor: float) -> Tensor:
 
 def _torch_buckets(ids: Tensor, offset: int, multipliers: list[int], width: int, depth: int) -> Tensor:
     """Hash by floor(u x width / 2**32), u 32 bits of ``mixed * multiplier``; one product serves two rows."""
-    mixed = _mix(ids, offset)
+    mixed = mix(ids, offset)
     hashed = []
     for multiplier in multipliers:
         product = mixed * multiplier
-        hashed += [(product >> 32) & _LOW_32, product & _LOW_32]
+        hashed += [(product >> 32) & LOW_32, product & LOW_32]
     return torch.stack(hashed[:depth]).mul_(width).bitwise_right_shift_(32)
 
 
@@ -371,38 +368,17 @@ def _numpy_buckets(
     half = np.uint64(32)
     mixed = ids.numpy().view(np.uint64) + np.uint64(offset % (1 << 64))
     mixed ^= mixed >> half
-    mixed *= np.uint64(_FIRST)
+    mixed *= np.uint64(FIRST)
     mixed ^= mixed >> np.uint64(29)
     hashed = np.empty((depth, len(mixed)), np.uint64) if out is None else out[:, : len(mixed)]
     for row in range(0, depth, 2):
         product = mixed * np.uint64(multipliers[row // 2] % (1 << 64))
         np.right_shift(product, half, out=hashed[row])
         if row + 1 < depth:
-            np.bitwise_and(product, np.uint64(_LOW_32), out=hashed[row + 1])
+            np.bitwise_and(product, np.uint64(LOW_32), out=hashed[row + 1])
     hashed *= np.uint64(width)
     hashed >>= half
     return torch.from_numpy(hashed.view(np.int64))
-
-
-def _mix(ids: Tensor, offset: int) -> Tensor:
-    """Scramble 64 bits one to one, like the first half of splitmix64's finaliser."""
-    x = ids + offset
-    x = x ^ ((x >> 32) & _LOW_32)
-    x.mul_(_signed(_FIRST))
-    return x.bitwise_xor_((x >> 29).bitwise_and_((1 << 35) - 1))
-
-
-def _splitmix(seed: int, index: int) -> int:
-    """The index-th number of splitmix64 from this seed, in [0, 2**64)."""
-    x = (seed + (index + 1) * _GOLDEN) % (1 << 64)
-    x = (x ^ (x >> 30)) * _FIRST % (1 << 64)
-    x = (x ^ (x >> 27)) * _SECOND % (1 << 64)
-    return x ^ (x >> 31)
-
-
-def _signed(x: int) -> int:
-    """The int64 with the bits of x."""
-    return x - (1 << 64) if x >= 1 << 63 else x
 
 
 def _count_distinct(batches: Iterable[Tensor]) -> float:
@@ -411,7 +387,7 @@ def _count_distinct(batches: Iterable[Tensor]) -> float:
     registers = torch.zeros(1 << _PRECISION, dtype=torch.int64)
     for ids in batches:
         _checks.integers("batches", ids)
-        hashed = _mix(_mix(ids.flatten().cpu(), 1), 2)
+        hashed = mix(mix(ids.flatten().cpu(), 1), 2)
         rest = (hashed >> _PRECISION) & ((1 << (64 - _PRECISION)) - 1)
         bit_length = torch.frexp(rest.double()).exponent  # exact, for rest < 2**53
         rank = (64 - _PRECISION + 1) - bit_length.to(torch.int64)

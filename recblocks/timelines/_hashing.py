@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from recblocks._hashing import FIRST, GOLDEN, SECOND
+
 Words = npt.NDArray[np.uint64]
 
 _MASK64 = (1 << 64) - 1
@@ -13,9 +15,9 @@ _ROUNDS = 8
 
 def mix64(words: Words) -> Words:
     """Map each 64-bit word to another, one to one and evenly (the finalizer of splitmix64, Steele et al. 2014)."""
-    words = words + np.uint64(0x9E3779B97F4A7C15)
-    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    words = words + np.uint64(GOLDEN)
+    words = (words ^ (words >> np.uint64(30))) * np.uint64(FIRST)
+    words = (words ^ (words >> np.uint64(27))) * np.uint64(SECOND)
     return words ^ (words >> np.uint64(31))
 
 
