@@ -196,4 +196,9 @@ ENTRIES = [
         lambda device, _: recblocks.CountMinSketch(16, 3, device=device),
         lambda: {"ids": torch.randint(-(2**62), 2**62, (ROWS, SLOTS))},
     ),
+    Entry(
+        "IdTable",
+        lambda device, _: recblocks.IdTable(9, device=device),
+        lambda: {"ids": torch.arange(-6, 6).view(ROWS, SLOTS)},
+    ),
 ]

@@ -671,3 +671,58 @@ def action_transformer_row(actions, valid, candidate, fusion, user, position, la
     for slot, token in zip(slots, tokens, strict=False):
         out[slot] = token
     return [*out, tokens[-1]] if fusion == "append" else out
+
+
+class IdTable:
+    """What a table of ids does, with a dict; ``seen`` counts exactly, where a sketch may count too much."""
+
+    def __init__(self, capacity, admit_after=1, evicts=False):
+        self.capacity, self.admit_after, self.evicts = capacity, admit_after, evicts
+        self.rows, self.uses, self.seen, self.hand = {}, {}, {}, 0
+
+    def insert(self, ids):
+        """The row of each id, and those that begin; None where there is no room, and nothing has changed."""
+        counts = {}
+        for one in ids:
+            counts[one] = counts.get(one, 0) + 1
+        new = [
+            one for one in counts if one not in self.rows and self.seen.get(one, 0) + counts[one] >= self.admit_after
+        ]
+        free = sorted(set(range(self.capacity)) - set(self.rows.values()))
+        missing = max(0, len(new) - len(free))
+        others = self.by_use(counts)
+        if missing > (len(others) if self.evicts else 0):
+            return None
+        free += [row for row, _ in self.remove(others[:missing])]
+        begun = sorted(free)[: len(new)]
+        self.rows.update(zip(new, begun, strict=True))
+        for one, count in counts.items():
+            self.seen[one] = self.seen.get(one, 0) + count
+            if one in self.rows:
+                self.uses[one] = self.uses.get(one, 0) + count
+        return [self.rows.get(one, -1) for one in ids], begun
+
+    def erase(self, ids):
+        """The rows that the ids had."""
+        had = [self.rows.get(one, -1) for one in ids]
+        for one in ids:
+            self.rows.pop(one, None)
+            self.uses.pop(one, None)
+        return had
+
+    def evict(self, num):
+        """The ids that are used least and their rows."""
+        return sorted(self.remove(self.by_use(())[:num]))
+
+    def by_use(self, kept):
+        """Rows and ids from the least used on, of equals first those after the row evicted last."""
+        others = [one for one in self.rows if one not in kept]
+        others.sort(key=lambda one: (self.uses[one], self.rows[one] < self.hand, self.rows[one]))
+        return [(self.rows[one], one) for one in others]
+
+    def remove(self, evicted):
+        """Take the ids' rows away; the next eviction looks behind the last one."""
+        for row, one in evicted:
+            del self.rows[one], self.uses[one]
+            self.hand = row + 1
+        return evicted

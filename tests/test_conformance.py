@@ -25,6 +25,8 @@ def make(entry, device="cpu", dtype=torch.float32):
     module = entry.build(device, dtype)
     if isinstance(module, recblocks.CountMinSketch) and device == "cpu":
         module.update(entry.inputs()["ids"])
+    if isinstance(module, recblocks.IdTable) and device == "cpu":
+        module.insert(torch.arange(9))
     return module
 
 
@@ -52,7 +54,7 @@ def test_a_module_made_on_meta_works_after_to_empty_and_reset_parameters(entry):
     module.to_empty(device="cpu")
     with torch.no_grad():
         for tensor in (*module.parameters(), *module.buffers()):
-            tensor.fill_(float("nan") if tensor.is_floating_point() else 2**61 + 12345)
+            tensor.fill_(float("nan") if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max // 4 + 12345)
     if list(module.parameters()) or list(module.buffers()):
         module.reset_parameters()
     assert all(parameter.isfinite().all() for parameter in module.parameters())
@@ -71,7 +73,7 @@ def test_a_module_made_on_meta_works_after_loading(entry, assign):
         module.to_empty(device="cpu")
         with torch.no_grad():
             for tensor in (*module.parameters(), *module.buffers()):
-                tensor.fill_(float("nan") if tensor.is_floating_point() else 2**61 + 12345)
+                tensor.fill_(float("nan") if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max // 4 + 12345)
     module.load_state_dict(usual.state_dict(), assign=assign)
     inputs = entry.inputs()
     assert torch.equal(run(module, inputs), run(usual, inputs))
