@@ -383,6 +383,7 @@ class IdTable(nn.Module):
         self._num_writes -= 1  # what was loaded stays as it was saved
 
     def _insert(self, changes: _Changes, ids: Tensor) -> Inserted:
+        self._refresh()
         unique, place, seen = torch.unique(ids.flatten(), return_inverse=True, return_counts=True)
         rows = find_rows(unique, self.keys, self.rows, self.hashed)
         new = self._to_begin(unique, rows, place, seen)
@@ -402,6 +403,7 @@ class IdTable(nn.Module):
         return inserted
 
     def _erase(self, changes: _Changes, ids: Tensor) -> Tensor:
+        self._refresh()
         rows = find_rows(ids, self.keys, self.rows, self.hashed)
         unique = torch.unique(ids[rows >= 0])
         pair = torch.stack(bucket_pair(unique, self.keys.shape[0], self.hashed), 1)
@@ -412,9 +414,11 @@ class IdTable(nn.Module):
         return rows
 
     def _evict(self, changes: _Changes, num: int) -> tuple[Tensor, Tensor]:
+        self._refresh()
         return self._remove(self._least_used(num, self.freed[:0], num), changes)
 
     def _grow(self, _: _Changes, capacity: int) -> None:
+        self._refresh()
         if self.evicts:
             self.uses = torch.cat([self.uses, self.uses.new_zeros(capacity - self.capacity)])
         if _num_buckets(capacity) > self.keys.shape[0]:
@@ -535,7 +539,6 @@ class IdTable(nn.Module):
             self._version += 1
         try:
             with torch.inference_mode(False):
-                self._refresh()
                 before = {name: getattr(self, name) for name in _STATE}
                 done = work(changes, *args)
                 self._num_writes += 1
