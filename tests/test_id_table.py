@@ -480,6 +480,13 @@ def test_half_a_checkpoint_is_refused_and_so_is_one_without_uses_or_with_another
     with pytest.raises(ValueError, match="state_dict must be of a CountMinSketch"):
         other.load_state_dict(torch.nn.Sequential(counted).state_dict())
     assert other[0].num_ids == 0
+    state = counted.state_dict()
+    for name in ("pending", "synced_total"):
+        half = {key: value for key, value in state.items() if key != f"sketch.{name}"}
+        with pytest.raises(ValueError, match="state_dict must hold of a sketch"):
+            IdTable(5, admit_after=2, sketch=CountMinSketch(50, 3)).load_state_dict(half)
+    with pytest.raises(ValueError, match=r"state_dict must hold of a sketch \[\], got"):
+        IdTable(5).load_state_dict(state)
 
 
 def test_buffers_that_somebody_else_wrote_are_counted_anew():
@@ -487,11 +494,44 @@ def test_buffers_that_somebody_else_wrote_are_counted_anew():
     average = AveragedModel(model)
     model[0].insert(int64([1, 2, 3]))
     average.update_parameters(model)
+    model[0].insert(int64([4]))
+    model[0].erase(int64([2]))
     average.update_parameters(model)
     other = average.module[0]
-    assert other.num_ids == 3
-    assert other.insert(int64([9])).rows.tolist() == [3]
-    assert other.find(int64([1, 2, 3, 9])).tolist() == [0, 1, 2, 3]
+    assert other.insert(int64([9, 10])).rows.tolist() == [1, 4]
+    assert other.num_ids == 5
+    assert other.find(int64([1, 2, 3, 4, 9, 10])).tolist() == [0, -1, 2, 3, 1, 4]
+
+
+def test_buffers_with_the_same_numbers_are_counted_anew_too():
+    one, other = IdTable(4), IdTable(4)
+    for table, gone in ((one, 1), (other, 2)):
+        table.insert(int64([1, 2]))
+        table.erase(int64([gone]))
+    assert torch.equal(one.numbers, other.numbers)
+    for name, tensor in one.state_dict().items():
+        tensor.copy_(other.state_dict()[name])
+    assert one.insert(int64([9])).rows.tolist() == [1]
+    wider = IdTable(5)
+    wider.insert(torch.arange(5))
+    for name, tensor in one.state_dict().items():
+        tensor.copy_(wider.state_dict()[name])
+    assert one.num_ids == one.capacity == 5
+    one.numbers[1] = 70
+    with pytest.raises(
+        ValueError, match="numbers must be those of the table's other buffers, got 70 rows for 1 buckets"
+    ):
+        one.insert(int64([1]))
+
+
+def test_a_loaded_table_shares_nothing_with_its_giver():
+    giver, table = IdTable(5), IdTable(5)
+    giver.insert(int64([1]))
+    table.load_state_dict(giver.state_dict(), assign=True)
+    giver.insert(int64([2]))
+    table.insert(int64([3]))
+    assert giver.find(int64([1, 2, 3])).tolist() == [0, 1, -1]
+    assert table.find(int64([1, 2, 3])).tolist() == [0, -1, 1]
 
 
 def test_a_reset_table_is_as_new():
@@ -507,8 +547,8 @@ def test_a_reset_table_is_as_new():
 
 
 def test_a_table_that_grew_in_inference_mode_can_be_written_outside():
-    table = IdTable(4, evict="least_used")
     with torch.inference_mode():
+        table = IdTable(4, evict="least_used")
         table.insert(int64([1, 2]))
         table.grow(30)
         table.erase(int64([1]))
@@ -567,6 +607,30 @@ def test_a_save_that_fails_leaves_the_file_that_was_there(tmp_path, monkeypatch)
         table.save(path)
     assert IdTable.load(path).entries()[0].tolist() == [LOWEST]
     assert [one.name for one in tmp_path.iterdir()] == ["table"]
+
+
+def test_two_who_save_to_one_path_do_not_write_into_each_other_s_file(tmp_path, monkeypatch):
+    one, other, path = IdTable(5), IdTable(5), tmp_path / "table"
+    one.insert(int64([1]))
+    other.insert(int64([2]))
+    sync, seen = os.fsync, []
+
+    def meanwhile(file):
+        sync(file)
+        if not seen:
+            seen.append(1)
+            other.save(path)
+            assert IdTable.load(path).entries()[0].tolist() == [2]
+
+    monkeypatch.setattr(os, "fsync", meanwhile)
+    one.save(path)
+    assert IdTable.load(path).entries()[0].tolist() == [1]
+    assert [each.name for each in tmp_path.iterdir()] == ["table"]
+    with pytest.raises(FileNotFoundError):
+        one.save(tmp_path / "nowhere" / "table")
+    torch.save({"weight": torch.zeros(2)}, tmp_path / "other")
+    with pytest.raises(ValueError, match=r"path must name a file that IdTable\.save wrote"):
+        IdTable.load(tmp_path / "other")
 
 
 SAVING = """
@@ -631,6 +695,7 @@ def test_who_comes_while_the_table_is_written_gets_an_error(monkeypatch, tmp_pat
     calls = {
         lambda: table.find(ids): "find must not run while the table is written",
         table.entries: "entries must not run while the table is written",
+        lambda: table.num_ids: "num_ids must not run while the table is written",
         table.state_dict: "state_dict must not run while the table is written",
         lambda: table.save(tmp_path / "table"): "save must not run while the table is written",
         lambda: copy.deepcopy(table): "a copy must not run while the table is written",
@@ -641,6 +706,7 @@ def test_who_comes_while_the_table_is_written_gets_an_error(monkeypatch, tmp_pat
                 lambda: table.grow(9),
                 lambda: table.evict(0),
                 lambda: table.load_state_dict(state),
+                table.reset_parameters,
             ),
             "a table must be written by one thread at a time",
         ),
@@ -649,7 +715,10 @@ def test_who_comes_while_the_table_is_written_gets_an_error(monkeypatch, tmp_pat
     table.insert(int64([2]))
     assert refused == list(calls.values())
     assert not list(tmp_path.iterdir())
+    monkeypatch.undo()
     assert table.find(int64([1, 2])).tolist() == [0, 1]
+    assert table.num_ids == 2
+    assert table.insert(int64([3])).rows.tolist() == [2]
 
 
 def test_a_find_that_a_writer_overtook_is_an_error(monkeypatch):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 import math
 import os
 import pathlib
+import secrets
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
@@ -22,7 +24,7 @@ BUCKET = 8  # keys side by side: one cache line of 64 bytes
 _FULLEST = 0.85  # of the slots, when every row is taken; two buckets of eight can be filled to .98
 _MOST_ROWS = (1 << 31) - 1
 _SAVED = ("keys", "rows", "uses", "hashed", "numbers")
-_STATE = (*_SAVED, "freed", "capacity", "_end", "_hand", "_num_writes")
+_STATE = (*_SAVED, "_freed", "capacity", "_end", "_hand", "_num_writes")
 _LAYOUT = 1  # of what a checkpoint holds
 _TURNS = 100  # ids are moved so often before all are hashed anew
 _ATTEMPTS = 20
@@ -67,11 +69,11 @@ def salt_ids(ids: Tensor, feature: int) -> Tensor:
 
     ``id + feature · ⌊2⁶⁴ / φ⌋`` modulo 2⁶⁴. Of F features, no two ids from 0 to 2⁶² / F come out the same. Of n ids
     that are spread over all 64 bits, some two of different features do with a probability of about n² / 2⁶⁵, which is
-    10⁻⁵ for 15 million: where this is too much, give each feature a table.
+    6·10⁻⁶ for 15 million: where this is too much, give each feature a table.
 
     Args:
         ids: (...) int64.
-        feature: its number, from 0 to F - 1.
+        feature: its number, from 0 to F - 1, where F is at most 2³¹.
 
     Returns:
         (...) int64; one to one within a feature, and feature 0's are the ids themselves.
@@ -88,7 +90,7 @@ def salt_ids(ids: Tensor, feature: int) -> Tensor:
         TransAct 3.4.2, where one table holds the rows of all features; Fibonacci hashing (Knuth, 6.4).
     """
     _checks.integers("ids", ids)
-    feature = _checks.integer("feature", feature, at_least=0)
+    feature = _checks.integer("feature", feature, at_least=0, at_most=_MOST_ROWS)
     return ids + signed(feature * GOLDEN % (1 << 64))
 
 
@@ -110,15 +112,15 @@ class IdTable(nn.Module):
 
     Any int64 is an id. A new id gets the lowest row that is free, those of one `insert` in the order of their first
     places; so what a table holds follows from the calls alone, not from its device, its seed or its past sizes. Ids
-    stand in buckets of eight, apart from their rows, at most 85 % of the slots filled: 14.1 bytes an id, 22.1 where
-    uses are counted, and 8 for each row that is free again. Of a full table 86 % of the ids stand in the first of
-    their two buckets, of an emptier one more.
+    stand in buckets of eight, apart from their rows, at most 85 % of the slots filled: 14.1 bytes a row, 22.1 where
+    uses are counted, and 8 for each row that is free again. Of a table that was just filled 86 % of the ids stand in
+    the first of their two buckets, of a half full one nearly all; 65 % when every id was evicted for another since.
 
     Finds may run beside each other, in threads too. `insert`, `erase`, `evict`, `grow` and loading write: they are for
-    one thread, between steps. Who writes, or calls `find`, `entries`, `save` or `state_dict`, meanwhile gets an error.
-    A compiled or captured find cannot check that. `grow`, loading, and an insert that hashes anew because ids collide
-    put keys and rows into new memory: graphs that were captured before must be captured again. A compiled find is
-    compiled anew for each size of the table.
+    one thread, between steps. Who writes, finds, saves, copies or asks for `num_ids` or `entries` meanwhile gets an
+    error. A compiled or captured find, or one on another CUDA stream, cannot check that. `grow`, loading, and an insert
+    that hashes anew because ids collide put keys and rows into new memory: graphs that were captured before must be
+    captured again. A compiled find is compiled anew for each size of the table, of which torch takes eight.
 
     Args:
         capacity: how many rows, every one of which can be used; below 2**31.
@@ -154,7 +156,7 @@ class IdTable(nn.Module):
     uses: Tensor
     hashed: Tensor
     numbers: Tensor
-    freed: Tensor
+    _freed: Tensor
 
     def __init__(
         self,
@@ -182,30 +184,22 @@ class IdTable(nn.Module):
             evict,
             seed,
         )
-        self._version = self._hand = self._num_writes = self._end = 0
-        keys, rows = _empty(_num_buckets(capacity), device)
-        self.register_buffer("keys", keys)
-        self.register_buffer("rows", rows)
-        self.register_buffer("uses", torch.zeros(capacity if evict else 0, dtype=torch.int64, device=device))
-        self.register_buffer("hashed", torch.tensor(_hash(seed), device=device))
-        self.register_buffer("freed", torch.empty(0, dtype=torch.int64, device=device), persistent=False)
-        self.register_buffer("numbers", torch.tensor(self._numbers(), device=device))
+        self._version = 0
+        with torch.inference_mode(False):
+            for name, tensor in self._begin(device).items():
+                self.register_buffer(name, tensor)
+            self._remember()
 
     @property
     def num_ids(self) -> int:
         """How many ids have a row."""
-        self._refresh()
-        return self._num_ids()
+        with self._reads("num_ids"):
+            self._refresh()
+            return self._num_ids()
 
     def reset_parameters(self) -> None:
         """Forget every id, and every sighting."""
-        self.hashed.copy_(torch.tensor(_hash(self.seed)))
-        self.rows.fill_(-1)
-        self.keys.zero_()
-        self.uses.zero_()
-        self._version = self._hand = self._num_writes = self._end = 0
-        self.freed = self.freed[:0].to(self.rows.device)
-        self.numbers.copy_(torch.tensor(self._numbers()))
+        self._write(self._reset)
         if self.sketch is not None:
             self.sketch.reset_parameters()
 
@@ -238,7 +232,7 @@ class IdTable(nn.Module):
     def insert(self, ids: Tensor) -> Inserted:
         """Find the row of each id, and give those that have none a row; a failed call changes nothing.
 
-        Where ids are evicted, the whole table is read: 20 ms a million rows, so `evict` many at a time, ahead.
+        Where ids are evicted, the whole table is read: 30 ms a million rows, so `evict` many at a time, ahead.
 
         Args:
             ids: (...) int64, an id may repeat.
@@ -248,7 +242,7 @@ class IdTable(nn.Module):
 
         Raises:
             TypeError, ValueError: ids of another dtype or on another device; or more than there are rows for.
-            RuntimeError: the table is written meanwhile.
+            RuntimeError: the table is written meanwhile; or ids that no hash function can place.
 
         Example:
             >>> table = IdTable(2, evict="least_used")
@@ -292,7 +286,6 @@ class IdTable(nn.Module):
         """
         if not self.evicts:
             raise ValueError('evict must be "least_used" when the table is made, got None')
-        num = _checks.integer("num", num, at_least=0, at_most=self.num_ids)
         return self._write(self._evict, num)
 
     def grow(self, capacity: int) -> None:
@@ -322,22 +315,23 @@ class IdTable(nn.Module):
         sketch = None
         if self.sketch is not None:
             sketch = {name: getattr(self.sketch, name) for name in ("width", "depth", "seed")}
-        partial = path.with_name(f"{path.name}.part")
-        try:
-            with self._reads("save"), partial.open("wb") as file:
-                torch.save({"options": options, "sketch": sketch, "state": self.state_dict()}, file)
+        partial = path.with_name(f"{path.name}.{secrets.token_hex(8)}.part")
+        with partial.open("xb") as file:
+            try:
+                with self._reads("save"):
+                    torch.save({"options": options, "sketch": sketch, "state": self.state_dict()}, file)
                 file.flush()
                 os.fsync(file.fileno())
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+                partial.replace(path)
+            finally:
+                partial.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, device: torch.device | str | int | None = None) -> IdTable:
         """Read a table that `save` wrote, on any device.
 
         Raises:
-            ValueError: for a file of something else.
+            ValueError: for a file of something else, unless torch.load refuses it first.
         """
         saved = torch.load(path, map_location=torch.device("cpu" if device is None else device), weights_only=True)
         if not isinstance(saved, dict) or saved.keys() != {"options", "sketch", "state"}:
@@ -352,9 +346,16 @@ class IdTable(nn.Module):
         return f"capacity={self.capacity}, admit_after={self.admit_after}, evict={self.evicts!r}"
 
     def __getstate__(self) -> dict[str, Any]:
-        """Refuse to be copied while it is written."""
+        """Refuse to be pickled while it is written."""
         with self._reads("a copy"):
             return self.__dict__.copy()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> IdTable:
+        """Refuse to be copied while it is written."""
+        with self._reads("a copy"):
+            memo[id(self)] = other = self.__class__.__new__(self.__class__)
+            other.__dict__ = copy.deepcopy(self.__dict__, memo)
+            return other
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         with self._reads("state_dict"):
@@ -372,15 +373,33 @@ class IdTable(nn.Module):
 
     def _load(self, _: _Changes, state_dict: Any, prefix: str, *args: Any) -> None:
         given = {name: state_dict[prefix + name] for name in _SAVED}
-        capacity = _check_state(given, prefix, counts_uses=self.evicts is not None)
-        if self.sketch is not None:
-            refuse_others(self.sketch, state_dict, f"{prefix}sketch.")
+        _check_state(given, prefix, counts_uses=self.evicts is not None)
+        _check_sketch(self.sketch, state_dict, f"{prefix}sketch.")
         for name, tensor in given.items():
             setattr(self, name, torch.empty_like(tensor, device=getattr(self, name).device))
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self.keys, self.rows, self.capacity = self.keys.contiguous(), self.rows.contiguous(), capacity
+        for name in given:  # with assign=True they are the giver's
+            setattr(self, name, getattr(self, name).clone(memory_format=torch.contiguous_format))
         self._count_rows()
         self._num_writes -= 1  # what was loaded stays as it was saved
+
+    def _begin(self, device: torch.device | str | int | None) -> dict[str, Tensor]:
+        """The buffers of an empty table."""
+        self._hand = self._num_writes = self._end = 0
+        self._freed = torch.empty(0, dtype=torch.int64, device=device)
+        keys, rows = _empty(_num_buckets(self.capacity), device)
+        return {
+            "keys": keys,
+            "rows": rows,
+            "uses": torch.zeros(self.capacity if self.evicts else 0, dtype=torch.int64, device=device),
+            "hashed": torch.tensor(_hash(self.seed), device=device),
+            "numbers": torch.tensor(self._numbers(), device=device),
+        }
+
+    def _reset(self, _: _Changes) -> None:
+        for name, tensor in self._begin(self.rows.device).items():
+            setattr(self, name, tensor)
+        self._num_writes -= 1
 
     def _insert(self, changes: _Changes, ids: Tensor) -> Inserted:
         self._refresh()
@@ -415,7 +434,8 @@ class IdTable(nn.Module):
 
     def _evict(self, changes: _Changes, num: int) -> tuple[Tensor, Tensor]:
         self._refresh()
-        return self._remove(self._least_used(num, self.freed[:0], num), changes)
+        num = _checks.integer("num", num, at_least=0, at_most=self._num_ids())
+        return self._remove(self._least_used(num, self._freed[:0], num), changes)
 
     def _grow(self, _: _Changes, capacity: int) -> None:
         self._refresh()
@@ -451,7 +471,7 @@ class IdTable(nn.Module):
             raise ValueError(f"ids must be at most {most} new ones, which are the rows that can be given, got {wanted}")
         candidate = torch.ones(self.capacity, dtype=torch.bool, device=kept.device)
         candidate[self._end :] = False
-        candidate[self.freed] = False
+        candidate[self._freed] = False
         candidate[kept] = False
         rows = torch.nonzero(candidate).squeeze(1)
         if num == 0:
@@ -478,11 +498,11 @@ class IdTable(nn.Module):
     def _empty_slots(self, slot: Tensor, changes: _Changes) -> None:
         freed = self.rows.view(-1)[slot].long()
         changes.set(self.rows.view(-1), slot, torch.full_like(slot, -1))
-        self.freed = torch.cat([self.freed, freed]).sort().values
+        self._freed = torch.cat([self._freed, freed]).sort().values
 
     def _take(self, num: int) -> Tensor:
         """The lowest rows that are free, (num,)."""
-        old, self.freed = self.freed[:num], self.freed[num:]
+        old, self._freed = self._freed[:num], self._freed[num:]
         begin, self._end = self._end, self._end + num - len(old)
         return torch.cat([old, torch.arange(begin, self._end, device=old.device)])
 
@@ -508,49 +528,64 @@ class IdTable(nn.Module):
             yield keys[rows >= 0], rows[rows >= 0].long()
 
     def _num_ids(self) -> int:
-        return self._end - self.freed.shape[0]
+        return self._end - self._freed.shape[0]
 
     def _numbers(self) -> list[int]:
         """What is saved beside the slots, and changes whenever they do."""
         return [_LAYOUT, self.capacity, self._num_ids(), self._hand, self._num_writes]
 
-    def _refresh(self) -> None:
-        """Find out which rows are free, where somebody else wrote into the buffers."""
-        if not self.numbers.is_meta and self.numbers.tolist() != self._numbers():
-            self._count_rows()
+    def _remember(self) -> None:
+        """Know the buffers again: any write into a tensor counts its version up, and other tensors have others."""
+        self._known = None if self.rows.is_inference() else (id(self.rows), self.rows._version)
 
-    def _count_rows(self) -> None:
-        """Say which rows are free: those from ``_end`` on, and ``freed``, ascending."""
+    def _refresh(self) -> None:
+        """Find out which rows are free, where somebody else wrote into the buffers or moved them."""
         if self.rows.is_meta:
             return
-        _, _, _, self._hand, self._num_writes = self.numbers.tolist()
-        taken = torch.zeros(self.capacity + 1, dtype=torch.bool, device=self.rows.device)
+        known = None if self.rows.is_inference() else (id(self.rows), self.rows._version)
+        if known is None or known != self._known or self.numbers.tolist() != self._numbers():
+            self._count_rows()
+            self._remember()
+
+    def _count_rows(self) -> None:
+        """Say which rows are free: those from ``_end`` on, and ``_freed``, ascending."""
+        if self.rows.is_meta:
+            return
+        _, capacity, _, hand, num_writes = self.numbers.tolist()
+        if _num_buckets(capacity) != self.rows.shape[0] or self.uses.shape[0] != (capacity if self.evicts else 0):
+            shapes = f"{self.rows.shape[0]} buckets and {self.uses.shape[0]} uses"
+            raise ValueError(f"numbers must be those of the table's other buffers, got {capacity} rows for {shapes}")
+        taken = torch.zeros(capacity + 1, dtype=torch.bool, device=self.rows.device)
         taken[self.rows.view(-1)] = True  # -1 is the last one
         rows = torch.nonzero(taken[:-1]).squeeze(1)
-        self._end = int(rows[-1]) + 1 if len(rows) else 0
-        self.freed = torch.nonzero(~taken[: self._end]).squeeze(1)
+        end = int(rows[-1]) + 1 if len(rows) else 0
+        freed = torch.nonzero(~taken[:end]).squeeze(1)
+        self._end, self._freed, self.capacity, self._hand, self._num_writes = end, freed, capacity, hand, num_writes
 
     def _write(self, work: Callable[..., _T], *args: Any) -> _T:
         """One writer at a time, at work while the version is odd; if it fails, everything is as it was."""
-        before, changes = {}, _Changes()
-        with _BEGIN:
-            if self._version % 2:
-                raise RuntimeError("a table must be written by one thread at a time")
-            self._version += 1
+        before, changes, writes = {}, _Changes(), False
         try:
+            with _BEGIN:
+                if self._version % 2:
+                    raise RuntimeError("a table must be written by one thread at a time")
+                writes, self._version = True, self._version + 1
             with torch.inference_mode(False):
                 before = {name: getattr(self, name) for name in _STATE}
                 done = work(changes, *args)
                 self._num_writes += 1
                 self.numbers = torch.tensor(self._numbers(), device=self.rows.device)
+                self._remember()
                 return done
         except BaseException:
-            changes.undo()
-            for name, value in before.items():
-                setattr(self, name, value)
+            try:
+                changes.undo()
+            finally:
+                for name, value in before.items():
+                    setattr(self, name, value)
             raise
         finally:
-            self._version += 1
+            self._version += writes
 
     @contextlib.contextmanager
     def _reads(self, what: str) -> Iterator[None]:
@@ -623,8 +658,18 @@ def _place(
     return ids, given
 
 
-def _check_state(given: dict[str, Tensor], prefix: str, *, counts_uses: bool) -> int:
-    """Refuse what is no table, or one whose ids do not stand where they are looked for; its capacity."""
+def _check_sketch(sketch: CountMinSketch | None, state_dict: Mapping[str, Any], prefix: str) -> None:
+    """Refuse sightings of another sketch, half of one, or any where none are counted."""
+    wanted = {} if sketch is None else {prefix + name: tensor.shape for name, tensor in sketch.named_buffers()}
+    given = {name: state_dict[name].shape for name in state_dict if name.startswith(prefix) and "_extra" not in name}
+    if sketch is not None:
+        refuse_others(sketch, state_dict, prefix)
+    if given != wanted:
+        raise ValueError(f"state_dict must hold of a sketch {list(wanted)}, got {list(given)}, or of other shapes")
+
+
+def _check_state(given: dict[str, Tensor], prefix: str, *, counts_uses: bool) -> None:
+    """Refuse what is no table, or one whose ids do not stand where they are looked for."""
     name = {each: f"state_dict[{prefix + each!r}]" for each in given}
     _checks.integers(name["numbers"], given["numbers"], 5)
     _checks.integers(name["hashed"], given["hashed"], 2)
@@ -647,7 +692,6 @@ def _check_state(given: dict[str, Tensor], prefix: str, *, counts_uses: bool) ->
         stands = their >= 0
         if not torch.equal(find_rows(some[stands], keys, rows, given["hashed"]), their[stands].long()):
             raise ValueError(f"{name['keys']} must hold each id once, in one of its two buckets, got others")
-    return capacity
 
 
 def _empty(num_buckets: int, device: torch.device | str | int | None) -> tuple[Tensor, Tensor]:
