@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import uuid
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from recblocks import _checks
+from recblocks._files import replacing
 from recblocks.evaluation._pairs import Pairs, check_rows
 from recblocks.evaluation.retrieval import METRICS, TopK
 
@@ -140,15 +140,8 @@ class ItemIndex:
             path: the file; it is replaced.
         """
         faiss = _checks.optional("faiss", _INSTALL)
-        path = Path(path)
-        scratch = path.with_name(f".{path.name}-{uuid.uuid4().hex}.part")
-        try:
+        with replacing(path) as scratch:
             faiss.write_index(self._index, os.fspath(scratch))
-            with scratch.open("rb+") as file:
-                os.fsync(file.fileno())
-            scratch.replace(path)
-        finally:
-            scratch.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ItemIndex:
