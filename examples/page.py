@@ -18,8 +18,8 @@ from recblocks import Interval
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 80rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
-table { display: block; overflow-x: auto; border-collapse: collapse }
-table { font-variant-numeric: tabular-nums; font-size: 13px }
+table { display: block; overflow-x: auto; border-collapse: collapse;
+  font-variant-numeric: tabular-nums; font-size: 13px }
 th, td { padding: .3rem .45rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap }
 th:first-child, td:first-child { text-align: left; white-space: normal }
 .ours { font-weight: 600; background: #eef4fb }

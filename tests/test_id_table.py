@@ -19,7 +19,8 @@ from torch.optim.swa_utils import AveragedModel
 import recblocks
 import recblocks.embedding.id_table as module
 from recblocks import CountMinSketch, IdTable
-from recblocks.embedding.id_table import BUCKET, bucket_pair
+from recblocks.embedding import _buckets
+from recblocks.embedding._buckets import BUCKET, bucket_pair
 
 LOWEST, HIGHEST = -(2**63), 2**63 - 1
 SPECIAL = [0, 1, -1, LOWEST, HIGHEST, 2**32, -(2**32)]
@@ -152,14 +153,14 @@ def test_hashes_are_drawn_until_all_ids_find_a_place():
     hashed, pool = table.hashed, torch.arange(20_000)
     for _ in range(4):  # under each of four hashes these ids want two buckets of the three, which hold 16
         pool = pool[(torch.stack(bucket_pair(pool, 3, hashed)) < 2).all(0)]
-        hashed = module._next(hashed)
+        hashed = _buckets.next_hash(hashed)
     assert table.insert(pool[:17]).rows.tolist() == list(range(17))
     assert table.find(pool[:18]).tolist() == [*range(17), -1]
     assert torch.equal(table.hashed, hashed)
 
 
 def test_everything_is_done_chunk_by_chunk(monkeypatch):
-    monkeypatch.setattr(module, "_CHUNK", 40)
+    monkeypatch.setattr(_buckets, "CHUNK", 40)
     table = IdTable(500)
     ids = torch.randint(LOWEST, HIGHEST, (500,), generator=torch.Generator().manual_seed(0))
     table.insert(ids)
@@ -216,7 +217,7 @@ def test_newcomers_do_not_evict_each_other_while_others_are_used_as_little():
     assert again.insert(int64([110])).rows.tolist() == [0]
 
 
-# A state of the table and random calls of 20,000 ids each, against arrays that a dict fills.
+# Random calls of many ids each, against a dict.
 
 
 def churn(num_ids, tmp_path, most=400_000, batch=20_000):
@@ -312,7 +313,7 @@ class Stopped(BaseException):
 
 @contextlib.contextmanager
 def stopping(at):
-    """Raise at the at-th line that the block runs in the table's file; yields a list of one number, the lines run.
+    """Raise at the at-th line that the block runs in the table's files; yields a list of one number, the lines run.
 
     What keeps and restores the state is not stopped: who interrupts it twice has lost.
     """
@@ -320,7 +321,11 @@ def stopping(at):
 
     def trace(frame, event, _):
         code = frame.f_code
-        if code.co_filename == module.__file__ and code.co_name not in ("_write", "undo") and event == "line":
+        if (
+            code.co_filename in (module.__file__, _buckets.__file__)
+            and code.co_name not in ("_write", "undo")
+            and event == "line"
+        ):
             lines[0] += 1
             if lines[0] == at:
                 raise Stopped
@@ -682,7 +687,7 @@ def test_who_comes_while_the_table_is_written_gets_an_error(monkeypatch, tmp_pat
     table = IdTable(5, evict="least_used")
     table.insert(int64([1]))
     refused = []
-    place = module._place
+    place = _buckets.place
 
     def meanwhile(*args):
         for call in calls:
@@ -711,7 +716,7 @@ def test_who_comes_while_the_table_is_written_gets_an_error(monkeypatch, tmp_pat
             "a table must be written by one thread at a time",
         ),
     }
-    monkeypatch.setattr(module, "_place", meanwhile)
+    monkeypatch.setattr(_buckets, "place", meanwhile)
     table.insert(int64([2]))
     assert refused == list(calls.values())
     assert not list(tmp_path.iterdir())
@@ -724,14 +729,14 @@ def test_who_comes_while_the_table_is_written_gets_an_error(monkeypatch, tmp_pat
 def test_a_find_that_a_writer_overtook_is_an_error(monkeypatch):
     table = IdTable(5)
     table.insert(int64([1]))
-    pair = module.bucket_pair
+    pair = _buckets.bucket_pair
 
     def overtaken(*args):
-        monkeypatch.setattr(module, "bucket_pair", pair)
+        monkeypatch.setattr(_buckets, "bucket_pair", pair)
         table.erase(int64([1]))
         return pair(*args)
 
-    monkeypatch.setattr(module, "bucket_pair", overtaken)
+    monkeypatch.setattr(_buckets, "bucket_pair", overtaken)
     with pytest.raises(RuntimeError, match="find must not run while the table is written"):
         table.find(int64([1]))
 

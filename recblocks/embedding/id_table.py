@@ -5,10 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
-import math
 import os
-import pathlib
-import secrets
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -17,51 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from recblocks import _checks
-from recblocks._hashing import GOLDEN, LOW_32, mix, signed, splitmix
+from recblocks._files import replacing
+from recblocks._hashing import GOLDEN, signed
+from recblocks.embedding import _buckets
 from recblocks.sketch import CountMinSketch, refuse_others
 
-BUCKET = 8  # keys side by side: one cache line of 64 bytes
-_FULLEST = 0.85  # of the slots, when every row is taken; two buckets of eight can be filled to .98
 _MOST_ROWS = (1 << 31) - 1
 _SAVED = ("keys", "rows", "uses", "hashed", "numbers")
 _STATE = (*_SAVED, "_freed", "capacity", "_end", "_hand", "_num_writes")
 _LAYOUT = 1  # of what a checkpoint holds
-_TURNS = 100  # ids are moved so often before all are hashed anew
 _ATTEMPTS = 20
-_CHUNK = 1 << 15  # ids at a time, so that they stay in cache and little is held beside the tables
 _BEGIN = threading.Lock()
 _T = TypeVar("_T")
-
-
-def find_rows(ids: Tensor, keys: Tensor, rows: Tensor, hashed: Tensor) -> Tensor:
-    """Find the row of each id, or -1: the definition of what a table answers, and of where an id may stand.
-
-    An id stands in one of two buckets that a hash chooses, ``⌊h₁ B / 2³²⌋`` and ``⌊h₂ B / 2³²⌋``, where ``h₁ h₂`` are
-    the 64 bits of a hash that is one to one. No value of an id is special: a slot is empty where its row is -1.
-
-    Args:
-        ids: (...) int64.
-        keys: (B, 8) int64.
-        rows: (B, 8) int32, -1 where nothing stands.
-        hashed: (2,) int64, what the hash adds and multiplies with.
-
-    Returns:
-        (...) int64.
-
-    Example:
-        >>> table = IdTable(100)
-        >>> _ = table.insert(torch.tensor([-5, 2**62]))
-        >>> find_rows(torch.tensor([2**62, 0]), table.keys, table.rows, table.hashed)
-        tensor([ 1, -1])
-    """
-    found = [_where_equal(ids, keys, rows, bucket) for bucket in bucket_pair(ids, keys.shape[0], hashed)]
-    return torch.maximum(*found).long()
-
-
-def bucket_pair(ids: Tensor, num_buckets: int, hashed: Tensor) -> tuple[Tensor, Tensor]:
-    """The two buckets, (...) each, in one of which an id stands if it is in a table."""
-    mixed = mix(ids, hashed[0]) * hashed[1]
-    return ((mixed >> 32) & LOW_32) * num_buckets >> 32, (mixed & LOW_32) * num_buckets >> 32
 
 
 def salt_ids(ids: Tensor, feature: int) -> Tensor:
@@ -92,10 +56,6 @@ def salt_ids(ids: Tensor, feature: int) -> Tensor:
     _checks.integers("ids", ids)
     feature = _checks.integer("feature", feature, at_least=0, at_most=_MOST_ROWS)
     return ids + signed(feature * GOLDEN % (1 << 64))
-
-
-def _where_equal(ids: Tensor, keys: Tensor, rows: Tensor, bucket: Tensor) -> Tensor:
-    return torch.where(keys[bucket] == ids[..., None], rows[bucket], -1).amax(-1)
 
 
 class Inserted(NamedTuple):
@@ -177,14 +137,8 @@ class IdTable(nn.Module):
             raise TypeError(f"sketch must be a CountMinSketch, got {_checks.describe(sketch)}")
         if (sketch is None) is (admit_after > 1):
             raise ValueError(f"sketch must be given where admit_after is above 1, and only there, got {sketch!r}")
-        self.capacity, self.admit_after, self.sketch, self.evicts, self.seed = (
-            capacity,
-            admit_after,
-            sketch,
-            evict,
-            seed,
-        )
-        self._version = 0
+        self.capacity, self.admit_after, self.sketch = capacity, admit_after, sketch
+        self.evicts, self.seed, self._version = evict, seed, 0
         with torch.inference_mode(False):
             for name, tensor in self._begin(device).items():
                 self.register_buffer(name, tensor)
@@ -222,11 +176,11 @@ class IdTable(nn.Module):
         """
         self._check_ids(ids)
         if torch.compiler.is_compiling():
-            return find_rows(ids, self.keys, self.rows, self.hashed)
+            return _buckets.find_rows(ids, self.keys, self.rows, self.hashed)
         with self._reads("find"):
             if not _checks.readable(ids):
-                return find_rows(ids, self.keys, self.rows, self.hashed)
-            parts = [self._find_most_in_first(some) for some in torch.split(ids.flatten(), _CHUNK)]
+                return _buckets.find_rows(ids, self.keys, self.rows, self.hashed)
+            parts = [self._find_most_in_first(some) for some in torch.split(ids.flatten(), _buckets.CHUNK)]
             return torch.cat(parts).view(ids.shape)
 
     def insert(self, ids: Tensor) -> Inserted:
@@ -310,21 +264,12 @@ class IdTable(nn.Module):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the table to a file, all of it or nothing: a file that was there stays until the new one is whole."""
-        path = pathlib.Path(path)
         options = {name: getattr(self, name) for name in ("capacity", "admit_after", "seed")} | {"evict": self.evicts}
         sketch = None
         if self.sketch is not None:
             sketch = {name: getattr(self.sketch, name) for name in ("width", "depth", "seed")}
-        partial = path.with_name(f"{path.name}.{secrets.token_hex(8)}.part")
-        with partial.open("xb") as file:
-            try:
-                with self._reads("save"):
-                    torch.save({"options": options, "sketch": sketch, "state": self.state_dict()}, file)
-                file.flush()
-                os.fsync(file.fileno())
-                partial.replace(path)
-            finally:
-                partial.unlink(missing_ok=True)
+        with replacing(path) as scratch, self._reads("save"), scratch.open("wb") as file:
+            torch.save({"options": options, "sketch": sketch, "state": self.state_dict()}, file)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, device: torch.device | str | int | None = None) -> IdTable:
@@ -371,7 +316,7 @@ class IdTable(nn.Module):
             return
         self._write(self._load, state_dict, prefix, *args)
 
-    def _load(self, _: _Changes, state_dict: Any, prefix: str, *args: Any) -> None:
+    def _load(self, _: _buckets.Changes, state_dict: Any, prefix: str, *args: Any) -> None:
         given = {name: state_dict[prefix + name] for name in _SAVED}
         _check_state(given, prefix, counts_uses=self.evicts is not None)
         _check_sketch(self.sketch, state_dict, f"{prefix}sketch.")
@@ -387,24 +332,24 @@ class IdTable(nn.Module):
         """The buffers of an empty table."""
         self._hand = self._num_writes = self._end = 0
         self._freed = torch.empty(0, dtype=torch.int64, device=device)
-        keys, rows = _empty(_num_buckets(self.capacity), device)
+        keys, rows = _buckets.empty(_buckets.num_buckets_of(self.capacity), device)
         return {
             "keys": keys,
             "rows": rows,
             "uses": torch.zeros(self.capacity if self.evicts else 0, dtype=torch.int64, device=device),
-            "hashed": torch.tensor(_hash(self.seed), device=device),
+            "hashed": torch.tensor(_buckets.hash_of(self.seed), device=device),
             "numbers": torch.tensor(self._numbers(), device=device),
         }
 
-    def _reset(self, _: _Changes) -> None:
+    def _reset(self, _: _buckets.Changes) -> None:
         for name, tensor in self._begin(self.rows.device).items():
             setattr(self, name, tensor)
         self._num_writes -= 1
 
-    def _insert(self, changes: _Changes, ids: Tensor) -> Inserted:
+    def _insert(self, changes: _buckets.Changes, ids: Tensor) -> Inserted:
         self._refresh()
         unique, place, seen = torch.unique(ids.flatten(), return_inverse=True, return_counts=True)
-        rows = find_rows(unique, self.keys, self.rows, self.hashed)
+        rows = _buckets.find_rows(unique, self.keys, self.rows, self.hashed)
         new = self._to_begin(unique, rows, place, seen)
         missing = len(new) - (self.capacity - self._num_ids())
         if missing > 0:
@@ -421,37 +366,37 @@ class IdTable(nn.Module):
             self.sketch.update(unique, seen)
         return inserted
 
-    def _erase(self, changes: _Changes, ids: Tensor) -> Tensor:
+    def _erase(self, changes: _buckets.Changes, ids: Tensor) -> Tensor:
         self._refresh()
-        rows = find_rows(ids, self.keys, self.rows, self.hashed)
+        rows = _buckets.find_rows(ids, self.keys, self.rows, self.hashed)
         unique = torch.unique(ids[rows >= 0])
-        pair = torch.stack(bucket_pair(unique, self.keys.shape[0], self.hashed), 1)
+        pair = torch.stack(_buckets.bucket_pair(unique, self.keys.shape[0], self.hashed), 1)
         stands = (self.keys[pair] == unique[:, None, None]) & (self.rows[pair] >= 0)
         stands[:, 1] &= (pair[:, 0] != pair[:, 1])[:, None]
-        slot = (pair[..., None] * BUCKET + torch.arange(BUCKET, device=ids.device))[stands]
+        slot = (pair[..., None] * _buckets.BUCKET + torch.arange(_buckets.BUCKET, device=ids.device))[stands]
         self._empty_slots(slot, changes)
         return rows
 
-    def _evict(self, changes: _Changes, num: int) -> tuple[Tensor, Tensor]:
+    def _evict(self, changes: _buckets.Changes, num: int) -> tuple[Tensor, Tensor]:
         self._refresh()
         num = _checks.integer("num", num, at_least=0, at_most=self._num_ids())
         return self._remove(self._least_used(num, self._freed[:0], num), changes)
 
-    def _grow(self, _: _Changes, capacity: int) -> None:
+    def _grow(self, _: _buckets.Changes, capacity: int) -> None:
         self._refresh()
         if self.evicts:
             self.uses = torch.cat([self.uses, self.uses.new_zeros(capacity - self.capacity)])
-        if _num_buckets(capacity) > self.keys.shape[0]:
-            self._rehash(_num_buckets(capacity), self.hashed)
+        if _buckets.num_buckets_of(capacity) > self.keys.shape[0]:
+            self._rehash(_buckets.num_buckets_of(capacity), self.hashed)
         self.capacity = capacity
 
     def _find_most_in_first(self, ids: Tensor) -> Tensor:
         """`find_rows`, which looks into the second bucket only for what is not in the first."""
-        first, second = bucket_pair(ids, self.keys.shape[0], self.hashed)
-        found = _where_equal(ids, self.keys, self.rows, first)
+        first, second = _buckets.bucket_pair(ids, self.keys.shape[0], self.hashed)
+        found = _buckets.where_equal(ids, self.keys, self.rows, first)
         left = torch.nonzero(found < 0).squeeze(1)
         if len(left):
-            found[left] = _where_equal(ids[left], self.keys, self.rows, second[left])
+            found[left] = _buckets.where_equal(ids[left], self.keys, self.rows, second[left])
         return found.long()
 
     def _to_begin(self, unique: Tensor, rows: Tensor, place: Tensor, seen: Tensor) -> Tensor:
@@ -485,7 +430,7 @@ class IdTable(nn.Module):
         self._hand = int(rows[tied[-1]]) + 1
         return rows[fewer]
 
-    def _remove(self, rows: Tensor, changes: _Changes) -> tuple[Tensor, Tensor]:
+    def _remove(self, rows: Tensor, changes: _buckets.Changes) -> tuple[Tensor, Tensor]:
         """Take (K,) rows away from their ids; the ids and the rows, ascending by row."""
         gone = torch.zeros(self.capacity + 1, dtype=torch.bool, device=rows.device)  # the last is of empty slots, -1
         gone[rows] = True
@@ -495,7 +440,7 @@ class IdTable(nn.Module):
         self._empty_slots(slot, changes)
         return ids, freed
 
-    def _empty_slots(self, slot: Tensor, changes: _Changes) -> None:
+    def _empty_slots(self, slot: Tensor, changes: _buckets.Changes) -> None:
         freed = self.rows.view(-1)[slot].long()
         changes.set(self.rows.view(-1), slot, torch.full_like(slot, -1))
         self._freed = torch.cat([self._freed, freed]).sort().values
@@ -506,26 +451,25 @@ class IdTable(nn.Module):
         begin, self._end = self._end, self._end + num - len(old)
         return torch.cat([old, torch.arange(begin, self._end, device=old.device)])
 
-    def _place(self, ids: Tensor, rows: Tensor, changes: _Changes) -> None:
+    def _place(self, ids: Tensor, rows: Tensor, changes: _buckets.Changes) -> None:
         """Put distinct ids that are not there into the table."""
-        left = _place(self.keys, self.rows, self.hashed, ids, rows, changes)
+        left = _buckets.place(self.keys, self.rows, self.hashed, ids, rows, changes)
         if len(left[0]):
-            self._rehash(self.keys.shape[0], _next(self.hashed), left)
+            self._rehash(self.keys.shape[0], _buckets.next_hash(self.hashed), left)
 
     def _rehash(self, num_buckets: int, hashed: Tensor, *more: tuple[Tensor, Tensor]) -> None:
         """Build the table anew with so many buckets, by another hash where this one does not do."""
-        keys, rows = _empty(num_buckets, self.keys.device)
+        keys, rows = _buckets.empty(num_buckets, self.keys.device)
         for _ in range(_ATTEMPTS):
-            if all(not len(_place(keys, rows, hashed, *part)[0]) for part in itertools.chain(self._chunks(), more)):
+            if all(
+                not len(_buckets.place(keys, rows, hashed, *part)[0])
+                for part in itertools.chain(_buckets.entries(self.keys, self.rows), more)
+            ):
                 self.keys, self.rows, self.hashed = keys, rows, hashed
                 return
             rows.fill_(-1)
-            hashed = _next(hashed)
+            hashed = _buckets.next_hash(hashed)
         raise RuntimeError(f"{_ATTEMPTS} hash functions could not place {self._num_ids()} ids in {num_buckets} buckets")
-
-    def _chunks(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for keys, rows in zip(*(torch.split(one.view(-1), _CHUNK) for one in (self.keys, self.rows)), strict=True):
-            yield keys[rows >= 0], rows[rows >= 0].long()
 
     def _num_ids(self) -> int:
         return self._end - self._freed.shape[0]
@@ -535,15 +479,19 @@ class IdTable(nn.Module):
         return [_LAYOUT, self.capacity, self._num_ids(), self._hand, self._num_writes]
 
     def _remember(self) -> None:
-        """Know the buffers again: any write into a tensor counts its version up, and other tensors have others."""
-        self._known = None if self.rows.is_inference() else (id(self.rows), self.rows._version)
+        """Know the buffers again."""
+        self._known = self._mark()
+
+    def _mark(self) -> tuple[int, int] | None:
+        """What another tensor, or a write into this one, would change; None where torch does not count the writes."""
+        return None if self.rows.is_inference() else (id(self.rows), self.rows._version)
 
     def _refresh(self) -> None:
         """Find out which rows are free, where somebody else wrote into the buffers or moved them."""
         if self.rows.is_meta:
             return
-        known = None if self.rows.is_inference() else (id(self.rows), self.rows._version)
-        if known is None or known != self._known or self.numbers.tolist() != self._numbers():
+        mark = self._mark()
+        if mark is None or mark != self._known or self.numbers.tolist() != self._numbers():
             self._count_rows()
             self._remember()
 
@@ -552,7 +500,9 @@ class IdTable(nn.Module):
         if self.rows.is_meta:
             return
         _, capacity, _, hand, num_writes = self.numbers.tolist()
-        if _num_buckets(capacity) != self.rows.shape[0] or self.uses.shape[0] != (capacity if self.evicts else 0):
+        if _buckets.num_buckets_of(capacity) != self.rows.shape[0] or self.uses.shape[0] != (
+            capacity if self.evicts else 0
+        ):
             shapes = f"{self.rows.shape[0]} buckets and {self.uses.shape[0]} uses"
             raise ValueError(f"numbers must be those of the table's other buffers, got {capacity} rows for {shapes}")
         taken = torch.zeros(capacity + 1, dtype=torch.bool, device=self.rows.device)
@@ -564,7 +514,7 @@ class IdTable(nn.Module):
 
     def _write(self, work: Callable[..., _T], *args: Any) -> _T:
         """One writer at a time, at work while the version is odd; if it fails, everything is as it was."""
-        before, changes, writes = {}, _Changes(), False
+        before, changes, writes = {}, _buckets.Changes(), False
         try:
             with _BEGIN:
                 if self._version % 2:
@@ -601,63 +551,6 @@ class IdTable(nn.Module):
             raise ValueError(f"ids must be on {self.keys.device} like the table, got {ids.device}")
 
 
-class _Changes:
-    """What a writer put into tensors, and what stood there before."""
-
-    def __init__(self) -> None:
-        self._before: list[tuple[Tensor, Tensor, Tensor]] = []
-
-    def set(self, tensor: Tensor, index: Tensor, values: Tensor) -> None:
-        """Write distinct places."""
-        self._before.append((tensor, index, tensor[index]))
-        tensor[index] = values.to(tensor.dtype)
-
-    def undo(self) -> None:
-        """Put everything back, the last first."""
-        while self._before:
-            tensor, index, values = self._before[-1]
-            tensor[index] = values
-            self._before.pop()
-
-
-def _place(
-    keys: Tensor, rows: Tensor, hashed: Tensor, ids: Tensor, given: Tensor, changes: _Changes | None = None
-) -> tuple[Tensor, Tensor]:
-    """Put (N,) distinct ids and their rows into slots; those that have found none after many turns, and their rows.
-
-    Each turn sorts what is left by bucket and fills the empty slots. Who finds none goes to the other bucket; there the
-    first one of those takes the slot of another id, which goes on to its own other bucket.
-    """
-    changes = _Changes() if changes is None else changes
-    flat_keys, flat_rows = keys.view(-1), rows.view(-1)
-    wants_second, tried = torch.zeros_like(ids, dtype=torch.bool), torch.zeros_like(ids, dtype=torch.bool)
-    for turn in range(_TURNS):
-        if not len(ids):
-            break
-        pair = bucket_pair(ids, keys.shape[0], hashed)
-        bucket, order = torch.where(wants_second, pair[1], pair[0]).sort(stable=True)
-        ids, given, wants_second, tried = ids[order], given[order], wants_second[order], tried[order]
-        rank = torch.arange(len(ids), device=ids.device) - torch.searchsorted(bucket, bucket)
-        empty = rows[bucket] < 0
-        nth = empty.cumsum(1, dtype=torch.int8)
-        chosen = empty & (nth == rank[:, None] + 1)
-        fits = chosen.any(1)
-        slot = bucket * BUCKET + chosen.byte().argmax(1)
-        changes.set(flat_keys, slot[fits], ids[fits])
-        changes.set(flat_rows, slot[fits], given[fits])
-        left = ~fits
-        kicks = left & tried & (rank == nth[:, -1])
-        taken = bucket[kicks] * BUCKET + (bucket[kicks] + turn) % BUCKET
-        moved, moved_rows = flat_keys[taken], flat_rows[taken].long()
-        changes.set(flat_keys, taken, ids[kicks])
-        changes.set(flat_rows, taken, given[kicks])
-        ids[kicks], given[kicks] = moved, moved_rows
-        wants_second[kicks] = bucket_pair(moved, keys.shape[0], hashed)[0] != bucket[kicks]
-        ids, given, wants_second = ids[left], given[left], ~wants_second[left]
-        tried = torch.ones_like(ids, dtype=torch.bool)
-    return ids, given
-
-
 def _check_sketch(sketch: CountMinSketch | None, state_dict: Mapping[str, Any], prefix: str) -> None:
     """Refuse sightings of another sketch, half of one, or any where none are counted."""
     wanted = {} if sketch is None else {prefix + name: tensor.shape for name, tensor in sketch.named_buffers()}
@@ -673,11 +566,10 @@ def _check_state(given: dict[str, Tensor], prefix: str, *, counts_uses: bool) ->
     name = {each: f"state_dict[{prefix + each!r}]" for each in given}
     _checks.integers(name["numbers"], given["numbers"], 5)
     _checks.integers(name["hashed"], given["hashed"], 2)
-    layout, num_ids = int(given["numbers"][0]), int(given["numbers"][2])
-    capacity = int(given["numbers"][1])
+    layout, capacity, num_ids = (int(number) for number in given["numbers"][:3])
     if layout != _LAYOUT or not 1 <= capacity <= _MOST_ROWS:
         raise ValueError(f"{name['numbers']} must be of layout {_LAYOUT} and a capacity, got {layout} and {capacity}")
-    keys, rows, shape = given["keys"], given["rows"], (_num_buckets(capacity), BUCKET)
+    keys, rows, shape = given["keys"], given["rows"], (_buckets.num_buckets_of(capacity), _buckets.BUCKET)
     _checks.integers(name["keys"], keys, *shape)
     _checks.tensor(name["rows"], rows, *shape, dtype=torch.int32)
     _checks.integers(name["uses"], given["uses"], capacity if counts_uses else 0)
@@ -688,25 +580,6 @@ def _check_state(given: dict[str, Tensor], prefix: str, *, counts_uses: bool) ->
     found = int((rows >= 0).sum())
     if not found == int(seen[:-1].sum()) == num_ids:
         raise ValueError(f"{name['rows']} must hold {num_ids} different rows, got {int(seen[:-1].sum())} in {found}")
-    for some, their in zip(*(torch.split(one.flatten(), _CHUNK) for one in (keys, rows)), strict=True):
-        stands = their >= 0
-        if not torch.equal(find_rows(some[stands], keys, rows, given["hashed"]), their[stands].long()):
+    for ids, their in _buckets.entries(keys, rows):
+        if not torch.equal(_buckets.find_rows(ids, keys, rows, given["hashed"]), their):
             raise ValueError(f"{name['keys']} must hold each id once, in one of its two buckets, got others")
-
-
-def _empty(num_buckets: int, device: torch.device | str | int | None) -> tuple[Tensor, Tensor]:
-    keys = torch.zeros(num_buckets, BUCKET, dtype=torch.int64, device=device)
-    return keys, torch.full((num_buckets, BUCKET), -1, dtype=torch.int32, device=device)
-
-
-def _num_buckets(capacity: int) -> int:
-    return math.ceil(capacity / (BUCKET * _FULLEST))
-
-
-def _hash(seed: int) -> list[int]:
-    """What a hash function adds and multiplies with."""
-    return [signed(splitmix(seed, 0)), signed(splitmix(seed, 1) | 1)]
-
-
-def _next(hashed: Tensor) -> Tensor:
-    return torch.tensor(_hash(int(hashed[0]) % (1 << 63)), device=hashed.device)
