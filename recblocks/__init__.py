@@ -1,6 +1,6 @@
 """Building blocks for recommender models; each works alone."""
 
-from recblocks.embedding.id_table import IdTable, Inserted, salt_ids
+from recblocks.embedding.id_table import IdTable, Inserted
 from recblocks.evaluation._chunks import UserMeans
 from recblocks.evaluation._pairs import unique_pairs
 from recblocks.evaluation.auc import auc, auc_bootstrap, chunk_auc, chunk_auc_per_user, paired_auc_bootstrap
@@ -191,7 +191,6 @@ __all__ = [
     "retrieval_ranks",
     "retrieve",
     "round_robin",
-    "salt_ids",
     "sample_anchors",
     "sampled_softmax_loss",
     "sasrec",

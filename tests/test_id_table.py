@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import itertools
 import os
 import signal
 import subprocess
@@ -16,10 +17,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch.optim.swa_utils import AveragedModel
 
-import recblocks
 import recblocks.embedding.id_table as module
 from recblocks import CountMinSketch, IdTable
-from recblocks.embedding import _buckets
+from recblocks.embedding import _buckets, _free_rows
 from recblocks.embedding._buckets import BUCKET, bucket_pair
 
 LOWEST, HIGHEST = -(2**63), 2**63 - 1
@@ -98,6 +98,155 @@ def test_an_id_is_admitted_when_it_was_seen_so_often(calls, admit_after):
         assert table.sketch.query(int64([one])).item() == oracle.seen.get(one, 0)
 
 
+PART_IDS = st.lists(st.tuples(st.integers(0, 3), st.one_of(st.integers(-3, 6), st.sampled_from(SPECIAL))), max_size=12)
+PART_CALLS = st.lists(
+    st.one_of(
+        st.tuples(st.sampled_from(["insert", "insert", "erase"]), PART_IDS),
+        st.tuples(st.sampled_from(["grow", "evict"]), st.tuples(st.integers(0, 3), st.integers(0, 4))),
+        st.tuples(st.just("reload"), st.none()),
+    ),
+    max_size=12,
+)
+
+
+class OracleOfParts:
+    """A dict for each part, one part's rows behind the other's."""
+
+    def __init__(self, capacities, **options):
+        self.parts = [oracles.IdTable(capacity, **options) for capacity in capacities]
+
+    def begins(self):
+        return [0, *itertools.accumulate(one.capacity for one in self.parts)]
+
+    def insert(self, asked):
+        parts, found, begun = copy.deepcopy(self.parts), {}, []
+        for number, (one, begin) in enumerate(zip(parts, self.begins(), strict=False)):
+            ids = [each for part, each in asked if part == number]
+            done = one.insert(ids)
+            if done is None:
+                return None
+            for each, row in zip(ids, done[0], strict=True):
+                found[number, each] = row + begin if row >= 0 else -1
+            begun += [row + begin for row in done[1]]
+        self.parts = parts
+        return [found[one] for one in asked], begun
+
+    def find(self, asked):
+        begins = self.begins()
+        return [
+            begins[part] + self.parts[part].rows[one] if one in self.parts[part].rows else -1 for part, one in asked
+        ]
+
+    def erase(self, asked):
+        had = self.find(asked)
+        for part, one in asked:
+            self.parts[part].erase([one])
+        return had
+
+
+def columns(asked):
+    return int64([one for _, one in asked]), int64([part for part, _ in asked])
+
+
+@given(
+    capacities=st.lists(st.integers(1, 8), min_size=1, max_size=4),
+    calls=PART_CALLS,
+    evicts=st.booleans(),
+    admit_after=st.integers(1, 2),
+)
+@example(capacities=[1, 2], calls=[("insert", [(1, 0), (1, -1), (1, 1)])], evicts=True, admit_after=1)
+@example(
+    capacities=[2, 1, 2],
+    calls=[("insert", [(2, 5), (0, 5), (2, 6), (1, 5)]), ("erase", [(0, 5)]), ("grow", (0, 3)), ("insert", [(0, 6)])],
+    evicts=False,
+    admit_after=1,
+)
+def test_each_part_does_what_a_dict_of_its_own_does(tmp_path_factory, capacities, calls, evicts, admit_after):
+    table = IdTable(
+        capacities,
+        evict="least_used" if evicts else None,
+        admit_after=admit_after,
+        sketch=CountMinSketch(5000, 6) if admit_after > 1 else None,
+    )
+    oracle = OracleOfParts(capacities, evicts=evicts, admit_after=admit_after)
+    everything = [(part, one) for part in range(len(capacities)) for one in sorted({*range(-3, 7), *SPECIAL})]
+    for name, given_ in calls:
+        if name in ("insert", "erase"):
+            asked = [(part % len(capacities), one) for part, one in given_]
+            want = getattr(oracle, name)(asked)
+            if want is None:
+                with pytest.raises(ValueError, match=r"must be at most \d+ new ones"):
+                    table.insert(*columns(asked))
+            elif name == "insert":
+                rows, begun = table.insert(*columns(asked))
+                assert (rows.tolist(), begun.tolist()) == want
+            else:
+                assert table.erase(*columns(asked)).tolist() == want
+        elif name == "grow":
+            part, more = given_[0] % len(capacities), given_[1]
+            oracle.parts[part].capacity += more
+            table.grow(oracle.parts[part].capacity, part)
+        elif name == "evict" and evicts:
+            part = given_[0] % len(capacities)
+            num, begin = min(given_[1], len(oracle.parts[part].rows)), oracle.begins()[part]
+            ids, rows = table.evict(num, part)
+            assert list(zip((rows - begin).tolist(), ids.tolist(), strict=True)) == oracle.parts[part].evict(num)
+        elif name == "reload":
+            path = tmp_path_factory.mktemp("saved") / "table"
+            table.save(path)
+            table = IdTable.load(path)
+        assert table.begins.tolist() == oracle.begins()
+        assert table.num_ids_by_part == [len(one.rows) for one in oracle.parts]
+        assert table.find(*columns(everything)).tolist() == oracle.find(everything)
+        assert table.entries()[1].tolist() == sorted(row for row in oracle.find(everything) if row >= 0)
+
+
+def test_ids_of_many_parts_that_collide_are_hashed_anew_until_they_do_not():
+    table = IdTable([3] * 40)
+    part = torch.arange(40)
+    ids = int64([unmixed(77, 99 << 20, table.hashed, int(one)) for one in part])
+    first, second = bucket_pair(ids, table._slots, part)
+    assert len(first.unique()) == len(second.unique()) == 1
+    hashed = table.hashed
+    assert table.insert(ids, part).rows.tolist() == list(range(0, 120, 3))
+    assert not torch.equal(table.hashed, hashed)
+    assert table.insert(torch.zeros(40, 1, dtype=torch.int64), part[:, None]).rows.flatten().tolist() == [
+        3 * one + 1 for one in range(40)
+    ]
+    assert table.find(ids, part).tolist() == list(range(0, 120, 3))
+
+
+def test_parts_broadcast_and_are_checked():
+    table = IdTable([2, 3], evict="least_used")
+    ids = int64([[7, 8], [7, 9]])
+    assert table.insert(ids, int64([[0], [1]])).rows.tolist() == [[0, 1], [2, 3]]
+    assert table.find(ids, int64(1)).tolist() == [[2, -1], [2, 3]]
+    assert table.erase(ids, int64([0, 1])).tolist() == [[0, -1], [0, 3]]
+    one = IdTable(5)
+    assert one.insert(ids, int64(0)).rows.tolist() == [[0, 1], [0, 2]]
+    for call in (table.insert, table.find, table.erase):
+        with pytest.raises(ValueError, match="part must be given for a table of 2 parts, got None"):
+            call(ids)
+        with pytest.raises(TypeError, match="part must be int64"):
+            call(ids, torch.zeros(2))
+        for part in (int64([0, 0, 0]), int64([[[0]]]), torch.zeros((), dtype=torch.int64, device="meta")):
+            with pytest.raises(ValueError, match=r"part must broadcast against ids, \(2, 2\) on cpu, got"):
+                call(ids, part)
+        for part in (-1, 2):
+            with pytest.raises(ValueError, match=f"part must be from 0 to 1, got {part} to {part}"):
+                call(ids, int64(part))
+    with pytest.raises(TypeError, match="part must be an int, got None"):
+        table.grow(9)
+    with pytest.raises(ValueError, match="part must be from 0 to 1, got 2"):
+        table.evict(1, 2)
+    with pytest.raises(ValueError, match="capacity must be from 3 to 2147483645, got 2"):
+        table.grow(2, 1)
+    with pytest.raises(ValueError, match="num must be from 0 to 1, got 2"):
+        table.evict(2, 1)
+    with pytest.raises(ValueError, match="ids of part 1 must be at most 3 new ones, which are the rows that can be"):
+        table.insert(torch.arange(4), int64(1))
+
+
 def test_shapes_and_dtypes_are_kept():
     table = IdTable(10)
     rows, begun = table.insert(int64([[[5, 6]], [[5, 7]]]))
@@ -116,11 +265,11 @@ def test_every_row_of_any_capacity_can_be_used(ids, more):
     assert table.find(int64(ids)).tolist() == list(range(len(ids)))
 
 
-def unmixed(first, second, hashed):
-    """The id whose two hashes are these: each step of the hash undone."""
+def unmixed(first, second, hashed, part=0):
+    """The id of a part whose two hashes are these: each step of the hash undone."""
     word = 2**64
-    salt, multiplier = hashed.tolist()
-    x = ((first << 32) | second) * pow(multiplier, -1, word) % word
+    salt, multiplier, apart = hashed.tolist()
+    x = (((first << 32) | second) * pow(multiplier, -1, word) - part * apart) % word
     x ^= (x >> 29) ^ (x >> 58)
     x = x * pow(0xBF58476D1CE4E5B9, -1, word) % word
     x ^= x >> 32
@@ -133,7 +282,7 @@ def test_ids_that_all_want_the_same_two_buckets_are_found_and_none_is_lost():
     hashed, num_buckets = table.hashed, table.keys.shape[0]
     wide = 2**32 // num_buckets
     ids = int64([unmixed(5 * wide + wide // 2 + at, 9 * wide + wide // 2 + at, hashed) for at in range(300)])
-    first, second = bucket_pair(ids, num_buckets, hashed)
+    first, second = bucket_pair(ids, table._slots, None)
     assert (first == 5).all()
     assert (second == 9).all()
     others = torch.arange(700)
@@ -152,7 +301,7 @@ def test_hashes_are_drawn_until_all_ids_find_a_place():
     table = IdTable(20)
     hashed, pool = table.hashed, torch.arange(20_000)
     for _ in range(4):  # under each of four hashes these ids want two buckets of the three, which hold 16
-        pool = pool[(torch.stack(bucket_pair(pool, 3, hashed)) < 2).all(0)]
+        pool = pool[(torch.stack(bucket_pair(pool, table._slots._replace(hashed=hashed), None)) < 2).all(0)]
         hashed = _buckets.next_hash(hashed)
     assert table.insert(pool[:17]).rows.tolist() == list(range(17))
     assert table.find(pool[:18]).tolist() == [*range(17), -1]
@@ -170,25 +319,6 @@ def test_everything_is_done_chunk_by_chunk(monkeypatch):
     other = IdTable(1)
     other.load_state_dict(table.state_dict())
     assert torch.equal(other.find(ids), torch.arange(500))
-
-
-@pytest.mark.parametrize("num_features", [2, 300, 1000])
-def test_salted_ids_of_different_features_are_different(num_features):
-    features = [0, 1, num_features - 1]
-    nearest = min(min(gap := k * 0x9E3779B97F4A7C15 % 2**64, 2**64 - gap) for k in range(1, num_features))
-    assert nearest > 2**62 / num_features  # the promise: ids below it cannot come out the same
-    ids = int64([0, 1, 2**62 // num_features, HIGHEST, LOWEST])
-    for feature in features:
-        word = (2**64 + feature * 0x9E3779B97F4A7C15) % 2**64
-        want = [(one + word + 2**63) % 2**64 - 2**63 for one in ids.tolist()]
-        assert recblocks.salt_ids(ids, feature).tolist() == want
-    table = IdTable(20)
-    salted = torch.stack([recblocks.salt_ids(ids[:3], feature) for feature in sorted(set(features))])
-    assert table.insert(salted).rows.flatten().tolist() == list(range(salted.numel()))
-    with pytest.raises(ValueError, match="feature must be from 0"):
-        recblocks.salt_ids(ids, -1)
-    with pytest.raises(TypeError, match="ids must be int64"):
-        recblocks.salt_ids(ids.int(), 0)
 
 
 def test_uses_begin_anew_with_the_row():
@@ -289,6 +419,11 @@ def crowded(num_ids, hashed, num_buckets):
 
 
 CALLS_THAT_FAIL = {
+    "insert into parts": lambda table: table.insert(torch.arange(1000, 1100), torch.arange(100) % 2),
+    "insert into parts that evicts": lambda table: table.insert(torch.arange(1000, 1150), torch.arange(150) % 2),
+    "erase from parts": lambda table: table.erase(torch.arange(50), torch.arange(50) % 2),
+    "grow a part": lambda table: table.grow(120, 0),
+    "grow a part by little": lambda table: table.grow(101, 0),
     "insert": lambda table: table.insert(torch.arange(1000, 1100)),
     "insert that evicts": lambda table: table.insert(torch.arange(1000, 1150)),
     "insert that moves ids": lambda table: table.insert(crowded(12, table.hashed, table.keys.shape[0])),
@@ -302,8 +437,9 @@ CALLS_THAT_FAIL = {
 
 def full_table(capacity=200):
     table = IdTable(capacity, evict="least_used", admit_after=2, sketch=CountMinSketch(500, 3))
-    table.insert(torch.arange(140).repeat(2))
-    table.erase(torch.arange(100, 130))
+    part = None if isinstance(capacity, int) else torch.arange(140) % 2
+    table.insert(torch.arange(140).repeat(2), part if part is None else part.repeat(2))
+    table.erase(torch.arange(100, 130), part if part is None else part[100:130])
     return table
 
 
@@ -322,7 +458,7 @@ def stopping(at):
     def trace(frame, event, _):
         code = frame.f_code
         if (
-            code.co_filename in (module.__file__, _buckets.__file__)
+            code.co_filename in (module.__file__, _buckets.__file__, _free_rows.__file__)
             and code.co_name not in ("_write", "undo")
             and event == "line"
         ):
@@ -342,7 +478,8 @@ def stopping(at):
 @pytest.mark.parametrize("name", CALLS_THAT_FAIL)
 def test_a_call_that_is_stopped_anywhere_changes_nothing(name, monkeypatch):
     monkeypatch.setattr(CountMinSketch, "query", lambda _, ids: torch.ones(ids.shape, dtype=torch.float64))
-    call, table, want = CALLS_THAT_FAIL[name], full_table(), full_table()
+    call, capacity = CALLS_THAT_FAIL[name], [100, 100] if "part" in name else 200
+    table, want = full_table(capacity), full_table(capacity)
     with stopping(0) as lines:
         call(want)
     assert lines[0] > 10
@@ -365,6 +502,9 @@ def test_bad_arguments_are_named():
     for arguments, message in (
         ({"capacity": 0}, "capacity must be from 1 to 2147483647, got 0"),
         ({"capacity": 2**31}, "capacity must be from 1 to 2147483647, got 2147483648"),
+        ({"capacity": [3, 0]}, r"capacity\[1\] must be from 1 to 2147483647, got 0"),
+        ({"capacity": []}, "capacity must be from 1 to 2147483647 in all, got 0 in 0 parts"),
+        ({"capacity": [2**30, 2**30]}, "capacity must be from 1 to 2147483647 in all, got 2147483648 in 2 parts"),
         ({"capacity": 2, "admit_after": 2}, "sketch must be given where admit_after is above 1"),
         ({"capacity": 2, "sketch": CountMinSketch(5, 1)}, "sketch must be given where admit_after is above 1"),
         ({"capacity": 2, "evict": "oldest"}, "evict must be one of None, 'least_used'"),
@@ -423,16 +563,23 @@ SPOILED = {
     "another layout": (
         "numbers",
         lambda numbers: numbers.index_fill(0, torch.tensor(0), 2),
-        "must be of layout 1 and a capacity, got 2",
+        r"state_dict\['numbers'\] must be of layout 1, got 2",
     ),
-    "no capacity": (
+    "numbers of more parts": (
         "numbers",
-        lambda numbers: numbers.index_fill(0, torch.tensor(1), 0),
-        "must be of layout 1 and a capacity, got 1 and 0",
+        lambda numbers: torch.cat([numbers, numbers[:1]]),
+        r"state_dict\['numbers'\] must have shape \(4\)",
+    ),
+    "no capacity": ("begins", lambda begins: 0 * begins, "must ascend from 0 to at most 2147483647, got \\[0, 0\\]"),
+    "no parts": ("begins", lambda begins: begins[:0], "must ascend from 0 to at most 2147483647, got \\[\\]"),
+    "parts that run backwards": (
+        "begins",
+        lambda _: int64([0, 6, 5]),
+        "must ascend from 0 to at most 2147483647, got \\[0, 6, 5\\]",
     ),
     "more ids than stand": (
         "numbers",
-        lambda numbers: numbers.index_fill(0, torch.tensor(2), 3),
+        lambda numbers: numbers.index_fill(0, torch.tensor(1), 3),
         "must hold 3 different rows, got 2 in 2",
     ),
     "two ids in a row": (
@@ -522,9 +669,10 @@ def test_buffers_with_the_same_numbers_are_counted_anew_too():
     for name, tensor in one.state_dict().items():
         tensor.copy_(wider.state_dict()[name])
     assert one.num_ids == one.capacity == 5
-    one.numbers[1] = 70
+    one.begins[1] = 70
+    one.numbers[1] = 0
     with pytest.raises(
-        ValueError, match="numbers must be those of the table's other buffers, got 70 rows for 1 buckets"
+        ValueError, match="begins must be those of the table's other buffers, got 70 rows for 1 buckets"
     ):
         one.insert(int64([1]))
 
@@ -748,14 +896,14 @@ def test_nearly_all_ids_stand_in_their_first_bucket_when_every_row_is_taken():
     table = IdTable(50_000)
     ids = torch.randint(LOWEST, HIGHEST, (50_000,), generator=torch.Generator().manual_seed(0)).unique()
     table.insert(ids)
-    first, _ = bucket_pair(ids, table.keys.shape[0], table.hashed)
+    first, _ = bucket_pair(ids, table._slots, None)
     share = (table.keys[first] == ids[:, None]).any(1).double().mean()
     # Buckets of Poisson(6.8) ids keep min(n, 8) of them: E[min(n, 8)] / 6.8 = .927; those that went to their second
     # bucket take slots there, which costs a few more.
     assert share > 0.82
     slots = table.keys.numel()
     assert 50_000 / slots == pytest.approx(0.85, abs=1e-3)
-    assert sum(buffer.nbytes for buffer in table.buffers()) == slots * 12 + 56  # and the hash and five numbers
+    assert sum(buffer.nbytes for buffer in table.buffers()) == slots * 12 + 72  # and nine numbers
     assert table.keys.shape[1] == BUCKET
 
 

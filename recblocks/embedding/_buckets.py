@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,45 +17,68 @@ _FULLEST = 0.85  # of the slots, when every row is taken; two buckets of eight c
 _TURNS = 100  # ids are moved so often before all are hashed anew
 
 
-def find_rows(ids: Tensor, keys: Tensor, rows: Tensor, hashed: Tensor) -> Tensor:
+class Slots(NamedTuple):
+    """Where ids stand, and what it takes to look there."""
+
+    keys: Tensor
+    """(B, 8) int64."""
+    rows: Tensor
+    """(B, 8) int32, -1 where nothing stands."""
+    hashed: Tensor
+    """(3,) int64, what the hash adds to an id, multiplies with, and adds for a part."""
+    begins: Tensor
+    """(P + 1,) int64, the first row of each part, ascending, and the number of rows."""
+
+
+def find_rows(ids: Tensor, slots: Slots, part: Tensor | None = None) -> Tensor:
     """Find the row of each id, or -1: the definition of what a table answers, and of where an id may stand.
 
     An id stands in one of two buckets that a hash chooses, ``⌊h₁ B / 2³²⌋`` and ``⌊h₂ B / 2³²⌋``, where ``h₁ h₂`` are
-    the 64 bits of a hash that is one to one. No value of an id is special: a slot is empty where its row is -1.
+    the 64 bits of a hash of the id and its part, one to one within a part. No value of an id is special: a slot is
+    empty where its row is -1, and it is of the part that its row is of.
 
     Args:
         ids: (...) int64.
-        keys: (B, 8) int64.
-        rows: (B, 8) int32, -1 where nothing stands.
-        hashed: (2,) int64, what the hash adds and multiplies with.
+        slots: of B buckets and P parts.
+        part: broadcasts against ids, int64 from 0 to P - 1; None where P is 1.
 
     Returns:
         (...) int64.
 
     Example:
-        >>> (keys, rows), hashed = empty(2, "cpu"), torch.tensor(hash_of(0))
-        >>> _ = place(keys, rows, hashed, torch.tensor([-5, 2**62]), torch.tensor([0, 1]))
-        >>> find_rows(torch.tensor([2**62, 0]), keys, rows, hashed)
-        tensor([ 1, -1])
+        >>> slots = Slots(*empty(2, "cpu"), torch.tensor(hash_of(0)), begins=torch.tensor([0, 1, 2]))
+        >>> _ = place(slots, torch.tensor([-5, 2**62]), torch.tensor([0, 1]))
+        >>> find_rows(torch.tensor([2**62, 2**62, 0]), slots, part=torch.tensor([0, 1, 1]))
+        tensor([-1,  1, -1])
     """
-    found = [where_equal(ids, keys, rows, bucket) for bucket in bucket_pair(ids, keys.shape[0], hashed)]
-    return torch.maximum(*found).long()
+    first, second = bucket_pair(ids, slots, part)
+    return torch.maximum(where_equal(ids, slots, first, part), where_equal(ids, slots, second, part)).long()
 
 
-def bucket_pair(ids: Tensor, num_buckets: int, hashed: Tensor) -> tuple[Tensor, Tensor]:
+def bucket_pair(ids: Tensor, slots: Slots, part: Tensor | None) -> tuple[Tensor, Tensor]:
     """The two buckets, (...) each, in one of which an id stands if it is in a table."""
-    mixed = mix(ids, hashed[0]) * hashed[1]
+    num_buckets, hashed = slots.keys.shape[0], slots.hashed
+    mixed = mix(ids, hashed[0])
+    mixed = (mixed if part is None else mixed + part * hashed[2]) * hashed[1]
     return ((mixed >> 32) & LOW_32) * num_buckets >> 32, (mixed & LOW_32) * num_buckets >> 32
 
 
-def where_equal(ids: Tensor, keys: Tensor, rows: Tensor, bucket: Tensor) -> Tensor:
+def where_equal(ids: Tensor, slots: Slots, bucket: Tensor, part: Tensor | None) -> Tensor:
     """(...) int32 the row of each id in the bucket named, -1 where it does not stand there."""
-    return torch.where(keys[bucket] == ids[..., None], rows[bucket], -1).amax(-1)
+    rows, equal = slots.rows[bucket], slots.keys[bucket] == ids[..., None]
+    if part is not None:
+        equal &= (rows >= slots.begins[part][..., None]) & (rows < slots.begins[part + 1][..., None])
+    return torch.where(equal, rows, -1).amax(-1)
 
 
-def entries(keys: Tensor, rows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def part_of(rows: Tensor, begins: Tensor) -> Tensor | None:
+    """The part that each row is of, None where there is one."""
+    return None if begins.shape[0] == 2 else torch.bucketize(rows, begins[1:-1], right=True)
+
+
+def entries(slots: Slots) -> Iterator[tuple[Tensor, Tensor]]:
     """The ids that stand in slots and their rows, some slots at a time."""
-    for some, their in zip(*(torch.split(one.flatten(), CHUNK) for one in (keys, rows)), strict=True):
+    for some, their in zip(*(torch.split(one.flatten(), CHUNK) for one in slots[:2]), strict=True):
         yield some[their >= 0], their[their >= 0].long()
 
 
@@ -77,25 +101,23 @@ class Changes:
             self._before.pop()
 
 
-def place(
-    keys: Tensor, rows: Tensor, hashed: Tensor, ids: Tensor, given: Tensor, changes: Changes | None = None
-) -> tuple[Tensor, Tensor]:
-    """Put (N,) distinct ids and their rows into slots; those that have found none after many turns, and their rows.
+def place(slots: Slots, ids: Tensor, given: Tensor, changes: Changes | None = None) -> tuple[Tensor, Tensor]:
+    """Put (N,) ids and their distinct rows into slots; those that have found none after many turns, and their rows.
 
     Each turn sorts what is left by bucket and fills the empty slots. Who finds none goes to the other bucket; there the
     first one of those takes the slot of another id, which goes on to its own other bucket.
     """
     changes = Changes() if changes is None else changes
-    flat_keys, flat_rows = keys.view(-1), rows.view(-1)
+    flat_keys, flat_rows = slots.keys.view(-1), slots.rows.view(-1)
     wants_second, tried = torch.zeros_like(ids, dtype=torch.bool), torch.zeros_like(ids, dtype=torch.bool)
     for turn in range(_TURNS):
         if not len(ids):
             break
-        pair = bucket_pair(ids, keys.shape[0], hashed)
+        pair = bucket_pair(ids, slots, part_of(given, slots.begins))
         bucket, order = torch.where(wants_second, pair[1], pair[0]).sort(stable=True)
         ids, given, wants_second, tried = ids[order], given[order], wants_second[order], tried[order]
         rank = torch.arange(len(ids), device=ids.device) - torch.searchsorted(bucket, bucket)
-        empty = rows[bucket] < 0
+        empty = slots.rows[bucket] < 0
         nth = empty.cumsum(1, dtype=torch.int8)
         chosen = empty & (nth == rank[:, None] + 1)
         fits = chosen.any(1)
@@ -109,7 +131,7 @@ def place(
         changes.set(flat_keys, taken, ids[kicks])
         changes.set(flat_rows, taken, given[kicks])
         ids[kicks], given[kicks] = moved, moved_rows
-        wants_second[kicks] = bucket_pair(moved, keys.shape[0], hashed)[0] != bucket[kicks]
+        wants_second[kicks] = bucket_pair(moved, slots, part_of(moved_rows, slots.begins))[0] != bucket[kicks]
         ids, given, wants_second = ids[left], given[left], ~wants_second[left]
         tried = torch.ones_like(ids, dtype=torch.bool)
     return ids, given
@@ -127,10 +149,10 @@ def num_buckets_of(capacity: int) -> int:
 
 
 def hash_of(seed: int) -> list[int]:
-    """What a hash function adds and multiplies with."""
-    return [signed(splitmix(seed, 0)), signed(splitmix(seed, 1) | 1)]
+    """What a hash function adds to an id, multiplies with, and adds for a part."""
+    return [signed(splitmix(seed, 0)), signed(splitmix(seed, 1) | 1), signed(splitmix(seed, 2) | 1)]
 
 
 def next_hash(hashed: Tensor) -> Tensor:
-    """Another one, (2,), which follows from this one."""
+    """Another one, (3,), which follows from this one."""
     return torch.tensor(hash_of(int(hashed[0]) % (1 << 63)), device=hashed.device)

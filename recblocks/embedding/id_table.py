@@ -7,7 +7,7 @@ import copy
 import itertools
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
@@ -16,46 +16,15 @@ from torch import Tensor, nn
 from recblocks import _checks
 from recblocks._files import replacing
 from recblocks._hashing import GOLDEN, signed
-from recblocks.embedding import _buckets
-from recblocks.sketch import CountMinSketch, refuse_others
+from recblocks.embedding import _buckets, _free_rows
+from recblocks.embedding._id_table_state import LAYOUT, MOST_ROWS, check_sketch, check_state
+from recblocks.sketch import CountMinSketch
 
-_MOST_ROWS = (1 << 31) - 1
-_SAVED = ("keys", "rows", "uses", "hashed", "numbers")
-_STATE = (*_SAVED, "_freed", "capacity", "_end", "_hand", "_num_writes")
-_LAYOUT = 1  # of what a checkpoint holds
+_SAVED = ("keys", "rows", "uses", "hashed", "begins", "numbers")
+_STATE = (*_SAVED, "capacities", "_free", "_hands", "_num_writes")
 _ATTEMPTS = 20
 _BEGIN = threading.Lock()
 _T = TypeVar("_T")
-
-
-def salt_ids(ids: Tensor, feature: int) -> Tensor:
-    """Set the ids of one feature apart from those of others, so that one table can serve many features.
-
-    ``id + feature · ⌊2⁶⁴ / φ⌋`` modulo 2⁶⁴. Of F features, no two ids from 0 to 2⁶² / F come out the same. Of n ids
-    that are spread over all 64 bits, some two of different features do with a probability of about n² / 2⁶⁵, which is
-    6·10⁻⁶ for 15 million: where this is too much, give each feature a table.
-
-    Args:
-        ids: (...) int64.
-        feature: its number, from 0 to F - 1, where F is at most 2³¹.
-
-    Returns:
-        (...) int64; one to one within a feature, and feature 0's are the ids themselves.
-
-    Raises:
-        TypeError, ValueError: for another dtype or number.
-
-    Example:
-        >>> ids = torch.tensor([7, 8])
-        >>> torch.isin(salt_ids(ids, 1), salt_ids(ids, 2)).any()
-        tensor(False)
-
-    Source:
-        TransAct 3.4.2, where one table holds the rows of all features; Fibonacci hashing (Knuth, 6.4).
-    """
-    _checks.integers("ids", ids)
-    feature = _checks.integer("feature", feature, at_least=0, at_most=_MOST_ROWS)
-    return ids + signed(feature * GOLDEN % (1 << 64))
 
 
 class Inserted(NamedTuple):
@@ -71,8 +40,13 @@ class IdTable(nn.Module):
     """Gives raw ids rows 0, 1, 2, … of an embedding table, and finds them again.
 
     Any int64 is an id. A new id gets the lowest row that is free, those of one `insert` in the order of their first
-    places; so what a table holds follows from the calls alone, not from its device, its seed or its past sizes. Ids
-    stand in buckets of eight, apart from their rows, at most 85 % of the slots filled: 14.1 bytes a row, 22.1 where
+    places; so what a table holds follows from the calls alone, not from its device, its seed or its past sizes.
+
+    A table may have several parts, each with ids and rows of its own, one part's rows behind the other's: so one table,
+    and one call, serves many features. The same id of two parts is two ids: it is looked for in other buckets, and in
+    the same ones told apart by the part that its row is of.
+
+    Ids stand in buckets of eight, apart from their rows, at most 85 % of the slots filled: 14.1 bytes a row, 22.1 where
     uses are counted, and 8 for each row that is free again. Of a table that was just filled 86 % of the ids stand in
     the first of their two buckets, of a half full one nearly all; 65 % when every id was evicted for another since.
 
@@ -83,13 +57,14 @@ class IdTable(nn.Module):
     captured again. A compiled find is compiled anew for each size of the table, of which torch takes eight.
 
     Args:
-        capacity: how many rows, every one of which can be used; below 2**31.
+        capacity: how many rows, every one of which can be used, or how many of each part; below 2**31 in all.
         admit_after: an id is given a row when it has been seen so often, this time included, as far as the sketch
             knows, which may count too much.
         sketch: counts the sightings where ``admit_after`` is above 1. The table updates it, which does nothing in
             ``eval()``.
         evict: where all rows are taken, "least_used" gives a new id the row of that which was inserted least often
-            since it has it; of several that of the next row after the one evicted last. None: that is an error.
+            since it has it, of its own part; of several that of the next row after the one evicted last. None: that
+            is an error.
         seed: chooses the first hash function, from 0 to 2**63 - 1.
         device: where the table lives.
 
@@ -103,6 +78,10 @@ class IdTable(nn.Module):
                 [0, 2]])
         >>> table.find(torch.tensor([0, 5]))
         tensor([ 2, -1])
+        >>> features = IdTable([2, 3])
+        >>> features.insert(torch.tensor([[7, 8], [7, 7]]), part=torch.tensor([[0], [1]])).rows
+        tensor([[0, 1],
+                [2, 2]])
 
     Note:
         Writers copy what they must know to the host; `find` does not.
@@ -115,12 +94,13 @@ class IdTable(nn.Module):
     rows: Tensor
     uses: Tensor
     hashed: Tensor
+    begins: Tensor
     numbers: Tensor
-    _freed: Tensor
+    _free: _free_rows.FreeRows
 
     def __init__(
         self,
-        capacity: int,
+        capacity: int | Sequence[int],
         *,
         admit_after: int = 1,
         sketch: CountMinSketch | None = None,
@@ -129,7 +109,7 @@ class IdTable(nn.Module):
         device: torch.device | str | int | None = None,
     ) -> None:
         super().__init__()
-        capacity = _checks.integer("capacity", capacity, at_least=1, at_most=_MOST_ROWS)
+        self.capacities = _capacities(capacity)
         admit_after = _checks.integer("admit_after", admit_after, at_least=1)
         _checks.choice("evict", evict, (None, "least_used"))
         seed = _checks.integer("seed", seed, at_least=0)
@@ -137,16 +117,26 @@ class IdTable(nn.Module):
             raise TypeError(f"sketch must be a CountMinSketch, got {_checks.describe(sketch)}")
         if (sketch is None) is (admit_after > 1):
             raise ValueError(f"sketch must be given where admit_after is above 1, and only there, got {sketch!r}")
-        self.capacity, self.admit_after, self.sketch = capacity, admit_after, sketch
-        self.evicts, self.seed, self._version = evict, seed, 0
+        self.admit_after, self.sketch, self.evicts, self.seed = admit_after, sketch, evict, seed
+        self._version = 0
         with torch.inference_mode(False):
             for name, tensor in self._begin(device).items():
                 self.register_buffer(name, tensor)
             self._remember()
 
     @property
+    def capacity(self) -> int:
+        """How many rows there are, of all parts."""
+        return sum(self.capacities)
+
+    @property
     def num_ids(self) -> int:
-        """How many ids have a row."""
+        """How many ids have a row, of all parts."""
+        return sum(self.num_ids_by_part)
+
+    @property
+    def num_ids_by_part(self) -> list[int]:
+        """How many ids of each part have a row."""
         with self._reads("num_ids"):
             self._refresh()
             return self._num_ids()
@@ -157,45 +147,53 @@ class IdTable(nn.Module):
         if self.sketch is not None:
             self.sketch.reset_parameters()
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, ids: Tensor, part: Tensor | None = None) -> Tensor:
         """Find like `find`."""
-        return self.find(ids)
+        return self.find(ids, part)
 
-    def find(self, ids: Tensor) -> Tensor:
+    def find(self, ids: Tensor, part: Tensor | None = None) -> Tensor:
         """Find the row of each id, -1 where it has none.
 
         Args:
             ids: (...) int64.
+            part: int64, the part that each id is of, from 0 on; broadcasts against ids. None where there is one part.
 
         Returns:
             (...) int64 in [-1, capacity).
 
         Raises:
-            TypeError, ValueError: ids of another dtype or on another device.
+            TypeError, ValueError: ids or part of another dtype or on another device, or part of another shape, without
+                need, or, on a CPU, of no part that there is.
             RuntimeError: the table is written meanwhile.
         """
-        self._check_ids(ids)
+        part = self._check_ids(ids, part)
         if torch.compiler.is_compiling():
-            return _buckets.find_rows(ids, self.keys, self.rows, self.hashed)
+            return _buckets.find_rows(ids, self._slots, part)
         with self._reads("find"):
             if not _checks.readable(ids):
-                return _buckets.find_rows(ids, self.keys, self.rows, self.hashed)
-            parts = [self._find_most_in_first(some) for some in torch.split(ids.flatten(), _buckets.CHUNK)]
-            return torch.cat(parts).view(ids.shape)
+                return _buckets.find_rows(ids, self._slots, part)
+            chunks = torch.split(ids.flatten(), _buckets.CHUNK)
+            if part is None:
+                found = [self._find_most_in_first(some) for some in chunks]
+            else:
+                parts = torch.split(part.expand(ids.shape).flatten(), _buckets.CHUNK)
+                found = [self._find_most_in_first(*some) for some in zip(chunks, parts, strict=True)]
+            return torch.cat(found).view(ids.shape)
 
-    def insert(self, ids: Tensor) -> Inserted:
+    def insert(self, ids: Tensor, part: Tensor | None = None) -> Inserted:
         """Find the row of each id, and give those that have none a row; a failed call changes nothing.
 
-        Where ids are evicted, the whole table is read: 30 ms a million rows, so `evict` many at a time, ahead.
+        Where ids are evicted, all of their part is read: 30 ms a million rows, so `evict` many at a time, ahead.
 
         Args:
             ids: (...) int64, an id may repeat.
+            part: like `find`'s.
 
         Returns:
             rows (...), and which rows were given.
 
         Raises:
-            TypeError, ValueError: ids of another dtype or on another device; or more than there are rows for.
+            TypeError, ValueError: like `find`'s; or more new ids than there are rows for.
             RuntimeError: the table is written meanwhile; or ids that no hash function can place.
 
         Example:
@@ -206,57 +204,64 @@ class IdTable(nn.Module):
             >>> table.find(torch.tensor([7, 8, 9]))
             tensor([ 0, -1,  1])
         """
-        self._check_ids(ids)
-        return self._write(self._insert, ids)
+        part = self._check_ids(ids, part)
+        return self._write(self._insert, ids, part)
 
-    def erase(self, ids: Tensor) -> Tensor:
+    def erase(self, ids: Tensor, part: Tensor | None = None) -> Tensor:
         """Take the rows of some ids away; those that have none are passed over.
 
         Args:
             ids: (...) int64, an id may repeat.
+            part: like `find`'s.
 
         Returns:
             (...) the rows that they had, -1 where none.
 
         Raises:
-            TypeError, ValueError: ids of another dtype or on another device.
+            TypeError, ValueError: like `find`'s.
             RuntimeError: the table is written meanwhile.
         """
-        self._check_ids(ids)
-        return self._write(self._erase, ids)
+        part = self._check_ids(ids, part)
+        return self._write(self._erase, ids, part)
 
-    def evict(self, num: int) -> tuple[Tensor, Tensor]:
+    def evict(self, num: int, part: int | None = None) -> tuple[Tensor, Tensor]:
         """Take the rows of the least used ids away, for which the table must be made with ``evict="least_used"``.
 
         Args:
-            num: how many, at most `num_ids`.
+            num: how many, at most as many as there are.
+            part: of which part, None where there is one.
 
         Returns:
             (num,) the ids and (num,) the rows that they had, ascending by row.
 
         Raises:
-            TypeError, ValueError: another number, or a table that does not count uses.
+            TypeError, ValueError: another number or part, or a table that does not count uses.
             RuntimeError: the table is written meanwhile.
         """
         if not self.evicts:
             raise ValueError('evict must be "least_used" when the table is made, got None')
-        return self._write(self._evict, num)
+        return self._write(self._evict, num, self._number_of(part))
 
-    def grow(self, capacity: int) -> None:
-        """Make room for more rows; every id keeps its row. Beside the old and the new table little is held meanwhile.
+    def grow(self, capacity: int, part: int | None = None) -> None:
+        """Make room for more rows. Beside the old and the new table little is held meanwhile.
+
+        Every id keeps its row in its part: those of later parts lie so many rows further back.
 
         Args:
-            capacity: at least as many as now, below 2**31.
+            capacity: of the part, at least as many as now; all parts' below 2**31.
+            part: which one, None where there is one.
 
         Raises:
-            TypeError, ValueError: another capacity.
+            TypeError, ValueError: another capacity or part.
             RuntimeError: the table is written meanwhile.
         """
-        capacity = _checks.integer("capacity", capacity, at_least=self.capacity, at_most=_MOST_ROWS)
-        self._write(self._grow, capacity)
+        number = self._number_of(part)
+        had = self.capacities[number]
+        capacity = _checks.integer("capacity", capacity, at_least=had, at_most=MOST_ROWS - self.capacity + had)
+        self._write(self._grow, capacity, number)
 
     def entries(self) -> tuple[Tensor, Tensor]:
-        """All ids and their rows, (num_ids,) each, ascending by row."""
+        """All ids and their rows, (num_ids,) each, ascending by row; `begins` says which part a row is of."""
         with self._reads("entries"):
             stands = self.rows >= 0
             rows, order = self.rows[stands].long().sort()
@@ -264,7 +269,7 @@ class IdTable(nn.Module):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the table to a file, all of it or nothing: a file that was there stays until the new one is whole."""
-        options = {name: getattr(self, name) for name in ("capacity", "admit_after", "seed")} | {"evict": self.evicts}
+        options = {"admit_after": self.admit_after, "seed": self.seed, "evict": self.evicts}
         sketch = None
         if self.sketch is not None:
             sketch = {name: getattr(self.sketch, name) for name in ("width", "depth", "seed")}
@@ -282,13 +287,14 @@ class IdTable(nn.Module):
         if not isinstance(saved, dict) or saved.keys() != {"options", "sketch", "state"}:
             raise ValueError(f"path must name a file that IdTable.save wrote, got {os.fspath(path)!r}")
         sketch = None if saved["sketch"] is None else CountMinSketch(**saved["sketch"], device=device)
-        table = cls(**{**saved["options"], "capacity": 1}, sketch=sketch, device=device)
+        table = cls(1, **saved["options"], sketch=sketch, device=device)
         table.load_state_dict(saved["state"], assign=True)
         return table
 
     def extra_repr(self) -> str:
         """Name the capacity and the rules."""
-        return f"capacity={self.capacity}, admit_after={self.admit_after}, evict={self.evicts!r}"
+        capacity = self.capacities if len(self.capacities) > 1 else self.capacity
+        return f"capacity={capacity}, admit_after={self.admit_after}, evict={self.evicts!r}"
 
     def __getstate__(self) -> dict[str, Any]:
         """Refuse to be pickled while it is written."""
@@ -318,8 +324,8 @@ class IdTable(nn.Module):
 
     def _load(self, _: _buckets.Changes, state_dict: Any, prefix: str, *args: Any) -> None:
         given = {name: state_dict[prefix + name] for name in _SAVED}
-        _check_state(given, prefix, counts_uses=self.evicts is not None)
-        _check_sketch(self.sketch, state_dict, f"{prefix}sketch.")
+        check_state(given, prefix, counts_uses=self.evicts is not None)
+        check_sketch(self.sketch, state_dict, f"{prefix}sketch.")
         for name, tensor in given.items():
             setattr(self, name, torch.empty_like(tensor, device=getattr(self, name).device))
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -330,15 +336,17 @@ class IdTable(nn.Module):
 
     def _begin(self, device: torch.device | str | int | None) -> dict[str, Tensor]:
         """The buffers of an empty table."""
-        self._hand = self._num_writes = self._end = 0
-        self._freed = torch.empty(0, dtype=torch.int64, device=device)
+        self._hands, self._num_writes = [0] * len(self.capacities), 0
+        begins = torch.tensor([0, *itertools.accumulate(self.capacities)], device=device)
+        self._free = _free_rows.none_given(begins)
         keys, rows = _buckets.empty(_buckets.num_buckets_of(self.capacity), device)
         return {
             "keys": keys,
             "rows": rows,
             "uses": torch.zeros(self.capacity if self.evicts else 0, dtype=torch.int64, device=device),
             "hashed": torch.tensor(_buckets.hash_of(self.seed), device=device),
-            "numbers": torch.tensor(self._numbers(), device=device),
+            "begins": begins,
+            "numbers": torch.tensor([LAYOUT, 0, 0, *self._hands], device=device),
         }
 
     def _reset(self, _: _buckets.Changes) -> None:
@@ -346,15 +354,21 @@ class IdTable(nn.Module):
             setattr(self, name, tensor)
         self._num_writes -= 1
 
-    def _insert(self, changes: _buckets.Changes, ids: Tensor) -> Inserted:
+    @property
+    def _slots(self) -> _buckets.Slots:
+        return _buckets.Slots(self.keys, self.rows, self.hashed, self.begins)
+
+    def _insert(self, changes: _buckets.Changes, ids: Tensor, part: Tensor | None) -> Inserted:
         self._refresh()
-        unique, place, seen = torch.unique(ids.flatten(), return_inverse=True, return_counts=True)
-        rows = _buckets.find_rows(unique, self.keys, self.rows, self.hashed)
-        new = self._to_begin(unique, rows, place, seen)
-        missing = len(new) - (self.capacity - self._num_ids())
-        if missing > 0:
-            self._remove(self._least_used(missing, rows[rows >= 0], len(new)), changes)
-        begun = self._take(len(new))
+        unique, part, place, seen = _unique(ids.flatten(), None if part is None else part.expand(ids.shape).flatten())
+        rows = _buckets.find_rows(unique, self._slots, part)
+        salted = unique if part is None else unique + part * signed(GOLDEN)
+        new = self._to_begin(salted, part, rows, place, seen)
+        wanted = _count(part, new, len(self.capacities))
+        missing = wanted - _free_rows.count(self._free, self.begins)
+        if bool((missing > 0).any()):
+            self._remove(self._least_used(missing, rows[rows >= 0], wanted), changes)
+        begun, self._free = _free_rows.take(self._free, self.begins, wanted)
         self._place(unique[new], begun, changes)
         rows[new] = begun
         if self.evicts:
@@ -363,72 +377,84 @@ class IdTable(nn.Module):
             changes.set(self.uses, rows[has_row], uses)
         inserted = Inserted(rows[place].view(ids.shape), begun)
         if self.sketch is not None:
-            self.sketch.update(unique, seen)
+            self.sketch.update(salted, seen)
         return inserted
 
-    def _erase(self, changes: _buckets.Changes, ids: Tensor) -> Tensor:
+    def _erase(self, changes: _buckets.Changes, ids: Tensor, part: Tensor | None) -> Tensor:
         self._refresh()
-        rows = _buckets.find_rows(ids, self.keys, self.rows, self.hashed)
-        unique = torch.unique(ids[rows >= 0])
-        pair = torch.stack(_buckets.bucket_pair(unique, self.keys.shape[0], self.hashed), 1)
-        stands = (self.keys[pair] == unique[:, None, None]) & (self.rows[pair] >= 0)
-        stands[:, 1] &= (pair[:, 0] != pair[:, 1])[:, None]
-        slot = (pair[..., None] * _buckets.BUCKET + torch.arange(_buckets.BUCKET, device=ids.device))[stands]
-        self._empty_slots(slot, changes)
+        rows = _buckets.find_rows(ids, self._slots, part)
+        stand = rows >= 0
+        part = None if part is None else part.expand(ids.shape)[stand]
+        pair = torch.stack(_buckets.bucket_pair(ids[stand], self._slots, part), 1)
+        slot = pair[..., None] * _buckets.BUCKET + torch.arange(_buckets.BUCKET, device=ids.device)
+        stands = self.rows[pair] == rows[stand][:, None, None]
+        self._empty_slots(torch.unique(slot[stands]), changes)
         return rows
 
-    def _evict(self, changes: _buckets.Changes, num: int) -> tuple[Tensor, Tensor]:
+    def _evict(self, changes: _buckets.Changes, num: int, part: int) -> tuple[Tensor, Tensor]:
         self._refresh()
-        num = _checks.integer("num", num, at_least=0, at_most=self._num_ids())
-        return self._remove(self._least_used(num, self._freed[:0], num), changes)
+        num = _checks.integer("num", num, at_least=0, at_most=self._num_ids()[part])
+        wanted = torch.zeros_like(self._free.ends)
+        wanted[part] = num
+        return self._remove(self._least_used(wanted, self.begins[:0], wanted), changes)
 
-    def _grow(self, _: _buckets.Changes, capacity: int) -> None:
+    def _grow(self, _: _buckets.Changes, capacity: int, part: int) -> None:
         self._refresh()
+        more, end = capacity - self.capacities[part], sum(self.capacities[: part + 1])
         if self.evicts:
-            self.uses = torch.cat([self.uses, self.uses.new_zeros(capacity - self.capacity)])
-        if _buckets.num_buckets_of(capacity) > self.keys.shape[0]:
-            self._rehash(_buckets.num_buckets_of(capacity), self.hashed)
-        self.capacity = capacity
+            self.uses = torch.cat([self.uses[:end], self.uses.new_zeros(more), self.uses[end:]])
+        self._free = _free_rows.widen(self._free, part, self.begins, more)
+        rows = self.rows if end == self.capacity else torch.where(self.rows >= end, self.rows + more, self.rows)
+        self.capacities = [*self.capacities[:part], capacity, *self.capacities[part + 1 :]]
+        self.begins = torch.cat([self.begins[: part + 1], self.begins[part + 1 :] + more])
+        self.rows = rows
+        if _buckets.num_buckets_of(self.capacity) > self.keys.shape[0]:
+            self._rehash(_buckets.num_buckets_of(self.capacity), self.hashed)
 
-    def _find_most_in_first(self, ids: Tensor) -> Tensor:
+    def _find_most_in_first(self, ids: Tensor, part: Tensor | None = None) -> Tensor:
         """`find_rows`, which looks into the second bucket only for what is not in the first."""
-        first, second = _buckets.bucket_pair(ids, self.keys.shape[0], self.hashed)
-        found = _buckets.where_equal(ids, self.keys, self.rows, first)
+        slots = self._slots
+        first, second = _buckets.bucket_pair(ids, slots, part)
+        found = _buckets.where_equal(ids, slots, first, part)
         left = torch.nonzero(found < 0).squeeze(1)
         if len(left):
-            found[left] = _buckets.where_equal(ids[left], self.keys, self.rows, second[left])
+            part = None if part is None else part[left]
+            found[left] = _buckets.where_equal(ids[left], slots, second[left], part)
         return found.long()
 
-    def _to_begin(self, unique: Tensor, rows: Tensor, place: Tensor, seen: Tensor) -> Tensor:
-        """Places of the ids that get a row now, ascending by where they stand first."""
+    def _to_begin(self, salted: Tensor, part: Tensor | None, rows: Tensor, place: Tensor, seen: Tensor) -> Tensor:
+        """Places of the ids that get a row now, by part, and ascending by where they stand first."""
         new = torch.nonzero(rows < 0).squeeze(1)
         if self.sketch is not None:
-            new = new[self.sketch.query(unique[new]) + seen[new] >= self.admit_after]
-        first = torch.full_like(unique, len(place))
+            new = new[self.sketch.query(salted[new]) + seen[new] >= self.admit_after]
+        first = torch.full_like(salted, len(place))
         first.scatter_reduce_(0, place, torch.arange(len(place), device=place.device), "amin")
-        return new[first[new].argsort()]
+        new = new[first[new].argsort()]
+        return new if part is None else new[part[new].argsort(stable=True)]
 
-    def _least_used(self, num: int, kept: Tensor, wanted: int) -> Tensor:
-        """Rows of the least used ids, (num,), none of those that are kept."""
-        others = self._num_ids() - len(kept) if self.evicts else 0
-        if num > others:
-            most = self.capacity - self._num_ids() + others
-            raise ValueError(f"ids must be at most {most} new ones, which are the rows that can be given, got {wanted}")
-        candidate = torch.ones(self.capacity, dtype=torch.bool, device=kept.device)
-        candidate[self._end :] = False
-        candidate[self._freed] = False
-        candidate[kept] = False
-        rows = torch.nonzero(candidate).squeeze(1)
-        if num == 0:
-            return rows[:0]
-        rows = rows.roll(-int(torch.searchsorted(rows, self._hand)))
-        uses = self.uses[rows]
-        at_most = uses.kthvalue(num).values
-        fewer = uses < at_most
-        tied = torch.nonzero(uses == at_most).squeeze(1)[: num - int(fewer.sum())]
-        fewer[tied] = True
-        self._hand = int(rows[tied[-1]]) + 1
-        return rows[fewer]
+    def _least_used(self, missing: Tensor, kept: Tensor, wanted: Tensor) -> Tensor:
+        """Rows of the least used ids, so many of each part as are missing there, none of those that are kept."""
+        begins, ends, evicted = self.begins.tolist(), self._free.ends.tolist(), [self.begins[:0]]
+        for part in torch.nonzero(missing > 0).flatten().tolist():
+            begin, num = begins[part], int(missing[part])
+            candidate = torch.ones(ends[part] - begin, dtype=torch.bool, device=kept.device)
+            for others in (self._free.again, kept):
+                candidate[others[(others >= begin) & (others < begins[part + 1])] - begin] = False
+            rows = torch.nonzero(candidate).squeeze(1)
+            num_others = len(rows) if self.evicts else 0
+            if num > num_others:
+                asked, of = int(wanted[part]), f" of part {part}" if len(self.capacities) > 1 else ""
+                most = f"{asked - num + num_others} new ones, which are the rows that can be given"
+                raise ValueError(f"ids{of} must be at most {most}, got {asked}")
+            rows = rows.roll(-int(torch.searchsorted(rows, self._hands[part])))
+            uses = self.uses[begin + rows]
+            at_most = uses.kthvalue(num).values
+            fewer = uses < at_most
+            tied = torch.nonzero(uses == at_most).squeeze(1)[: num - int(fewer.sum())]
+            fewer[tied] = True
+            self._hands = [*self._hands[:part], int(rows[tied[-1]]) + 1, *self._hands[part + 1 :]]
+            evicted.append(begin + rows[fewer])
+        return torch.cat(evicted)
 
     def _remove(self, rows: Tensor, changes: _buckets.Changes) -> tuple[Tensor, Tensor]:
         """Take (K,) rows away from their ids; the ids and the rows, ascending by row."""
@@ -443,17 +469,11 @@ class IdTable(nn.Module):
     def _empty_slots(self, slot: Tensor, changes: _buckets.Changes) -> None:
         freed = self.rows.view(-1)[slot].long()
         changes.set(self.rows.view(-1), slot, torch.full_like(slot, -1))
-        self._freed = torch.cat([self._freed, freed]).sort().values
-
-    def _take(self, num: int) -> Tensor:
-        """The lowest rows that are free, (num,)."""
-        old, self._freed = self._freed[:num], self._freed[num:]
-        begin, self._end = self._end, self._end + num - len(old)
-        return torch.cat([old, torch.arange(begin, self._end, device=old.device)])
+        self._free = _free_rows.give_back(self._free, freed)
 
     def _place(self, ids: Tensor, rows: Tensor, changes: _buckets.Changes) -> None:
         """Put distinct ids that are not there into the table."""
-        left = _buckets.place(self.keys, self.rows, self.hashed, ids, rows, changes)
+        left = _buckets.place(self._slots, ids, rows, changes)
         if len(left[0]):
             self._rehash(self.keys.shape[0], _buckets.next_hash(self.hashed), left)
 
@@ -461,22 +481,25 @@ class IdTable(nn.Module):
         """Build the table anew with so many buckets, by another hash where this one does not do."""
         keys, rows = _buckets.empty(num_buckets, self.keys.device)
         for _ in range(_ATTEMPTS):
+            slots = _buckets.Slots(keys, rows, hashed, self.begins)
             if all(
-                not len(_buckets.place(keys, rows, hashed, *part)[0])
-                for part in itertools.chain(_buckets.entries(self.keys, self.rows), more)
+                not len(_buckets.place(slots, *some)[0])
+                for some in itertools.chain(_buckets.entries(self._slots), more)
             ):
                 self.keys, self.rows, self.hashed = keys, rows, hashed
                 return
             rows.fill_(-1)
             hashed = _buckets.next_hash(hashed)
-        raise RuntimeError(f"{_ATTEMPTS} hash functions could not place {self._num_ids()} ids in {num_buckets} buckets")
+        num_ids = sum(self._num_ids())
+        raise RuntimeError(f"{_ATTEMPTS} hash functions could not place {num_ids} ids in {num_buckets} buckets")
 
-    def _num_ids(self) -> int:
-        return self._end - self._freed.shape[0]
+    def _num_ids(self) -> list[int]:
+        free = _free_rows.count(self._free, self.begins).tolist()
+        return [capacity - left for capacity, left in zip(self.capacities, free, strict=True)]
 
     def _numbers(self) -> list[int]:
         """What is saved beside the slots, and changes whenever they do."""
-        return [_LAYOUT, self.capacity, self._num_ids(), self._hand, self._num_writes]
+        return [LAYOUT, sum(self._num_ids()), self._num_writes, *self._hands]
 
     def _remember(self) -> None:
         """Know the buffers again."""
@@ -496,21 +519,18 @@ class IdTable(nn.Module):
             self._remember()
 
     def _count_rows(self) -> None:
-        """Say which rows are free: those from ``_end`` on, and ``_freed``, ascending."""
+        """Say which rows are free, and how many there are of each part."""
         if self.rows.is_meta:
             return
-        _, capacity, _, hand, num_writes = self.numbers.tolist()
-        if _buckets.num_buckets_of(capacity) != self.rows.shape[0] or self.uses.shape[0] != (
-            capacity if self.evicts else 0
+        begins, (_, _, num_writes, *hands) = self.begins.tolist(), self.numbers.tolist()
+        if _buckets.num_buckets_of(begins[-1]) != self.rows.shape[0] or self.uses.shape[0] != (
+            begins[-1] if self.evicts else 0
         ):
             shapes = f"{self.rows.shape[0]} buckets and {self.uses.shape[0]} uses"
-            raise ValueError(f"numbers must be those of the table's other buffers, got {capacity} rows for {shapes}")
-        taken = torch.zeros(capacity + 1, dtype=torch.bool, device=self.rows.device)
-        taken[self.rows.view(-1)] = True  # -1 is the last one
-        rows = torch.nonzero(taken[:-1]).squeeze(1)
-        end = int(rows[-1]) + 1 if len(rows) else 0
-        freed = torch.nonzero(~taken[:end]).squeeze(1)
-        self._end, self._freed, self.capacity, self._hand, self._num_writes = end, freed, capacity, hand, num_writes
+            raise ValueError(f"begins must be those of the table's other buffers, got {begins[-1]} rows for {shapes}")
+        self._free = _free_rows.not_in(self.rows, self.begins)
+        self.capacities = [end - begin for begin, end in itertools.pairwise(begins)]
+        self._hands, self._num_writes = hands, num_writes
 
     def _write(self, work: Callable[..., _T], *args: Any) -> _T:
         """One writer at a time, at work while the version is odd; if it fails, everything is as it was."""
@@ -545,41 +565,54 @@ class IdTable(nn.Module):
         if version % 2 or version != self._version:
             raise RuntimeError(f"{what} must not run while the table is written")
 
-    def _check_ids(self, ids: Tensor) -> None:
+    def _check_ids(self, ids: Tensor, part: Tensor | None) -> Tensor | None:
+        """The parts, None where there is one."""
         _checks.integers("ids", ids)
         if ids.device != self.keys.device:
             raise ValueError(f"ids must be on {self.keys.device} like the table, got {ids.device}")
+        num_parts = len(self.capacities)
+        if part is None:
+            if num_parts > 1:
+                raise ValueError(f"part must be given for a table of {num_parts} parts, got None")
+            return None
+        _checks.integers("part", part)
+        sizes = zip(reversed(part.shape), reversed(ids.shape), strict=False)
+        if part.device != ids.device or part.ndim > ids.ndim or any(one not in (1, size) for one, size in sizes):
+            wanted = f"broadcast against ids, {tuple(ids.shape)} on {ids.device}"
+            raise ValueError(f"part must {wanted}, got {_checks.describe(part)} on {part.device}")
+        if _checks.readable(part) and bool(((part < 0) | (part >= num_parts)).any()):
+            raise ValueError(f"part must be from 0 to {num_parts - 1}, got {part.min()} to {part.max()}")
+        return part if num_parts > 1 else None
+
+    def _number_of(self, part: int | None) -> int:
+        most = len(self.capacities) - 1
+        return 0 if part is None and most == 0 else _checks.integer("part", part, at_least=0, at_most=most)
 
 
-def _check_sketch(sketch: CountMinSketch | None, state_dict: Mapping[str, Any], prefix: str) -> None:
-    """Refuse sightings of another sketch, half of one, or any where none are counted."""
-    wanted = {} if sketch is None else {prefix + name: tensor.shape for name, tensor in sketch.named_buffers()}
-    given = {name: state_dict[name].shape for name in state_dict if name.startswith(prefix) and "_extra" not in name}
-    if sketch is not None:
-        refuse_others(sketch, state_dict, prefix)
-    if given != wanted:
-        raise ValueError(f"state_dict must hold of a sketch {list(wanted)}, got {list(given)}, or of other shapes")
+def _capacities(capacity: int | Sequence[int]) -> list[int]:
+    """How many rows each part has."""
+    if not isinstance(capacity, Sequence):
+        return [_checks.integer("capacity", capacity, at_least=1, at_most=MOST_ROWS)]
+    found = [_checks.integer(f"capacity[{at}]", one, at_least=1, at_most=MOST_ROWS) for at, one in enumerate(capacity)]
+    if not 1 <= sum(found) <= MOST_ROWS:
+        raise ValueError(f"capacity must be from 1 to {MOST_ROWS} in all, got {sum(found)} in {len(found)} parts")
+    return found
 
 
-def _check_state(given: dict[str, Tensor], prefix: str, *, counts_uses: bool) -> None:
-    """Refuse what is no table, or one whose ids do not stand where they are looked for."""
-    name = {each: f"state_dict[{prefix + each!r}]" for each in given}
-    _checks.integers(name["numbers"], given["numbers"], 5)
-    _checks.integers(name["hashed"], given["hashed"], 2)
-    layout, capacity, num_ids = (int(number) for number in given["numbers"][:3])
-    if layout != _LAYOUT or not 1 <= capacity <= _MOST_ROWS:
-        raise ValueError(f"{name['numbers']} must be of layout {_LAYOUT} and a capacity, got {layout} and {capacity}")
-    keys, rows, shape = given["keys"], given["rows"], (_buckets.num_buckets_of(capacity), _buckets.BUCKET)
-    _checks.integers(name["keys"], keys, *shape)
-    _checks.tensor(name["rows"], rows, *shape, dtype=torch.int32)
-    _checks.integers(name["uses"], given["uses"], capacity if counts_uses else 0)
-    seen = torch.zeros(capacity + 1, dtype=torch.bool, device=rows.device)
-    if bool(((rows < -1) | (rows >= capacity)).any()):
-        raise ValueError(f"{name['rows']} must be from -1 to {capacity - 1}, got {rows.min()} to {rows.max()}")
-    seen[rows.flatten()] = True
-    found = int((rows >= 0).sum())
-    if not found == int(seen[:-1].sum()) == num_ids:
-        raise ValueError(f"{name['rows']} must hold {num_ids} different rows, got {int(seen[:-1].sum())} in {found}")
-    for ids, their in _buckets.entries(keys, rows):
-        if not torch.equal(_buckets.find_rows(ids, keys, rows, given["hashed"]), their):
-            raise ValueError(f"{name['keys']} must hold each id once, in one of its two buckets, got others")
+def _unique(ids: Tensor, part: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """Different ids and their parts, which of them each given one is, and how often each was given."""
+    if part is None:
+        unique, place, seen = torch.unique(ids, return_inverse=True, return_counts=True)
+        return unique, None, place, seen
+    order = ids.argsort()
+    order = order[part[order].argsort(stable=True)]
+    ids, part = ids[order], part[order]
+    first = torch.ones_like(ids, dtype=torch.bool)
+    first[1:] = (ids[1:] != ids[:-1]) | (part[1:] != part[:-1])
+    group = first.cumsum(0) - 1
+    return ids[first], part[first], torch.empty_like(order).scatter_(0, order, group), group.bincount()
+
+
+def _count(part: Tensor | None, chosen: Tensor, num_parts: int) -> Tensor:
+    """How many of those chosen are of each part, (P,)."""
+    return torch.bincount(torch.zeros_like(chosen) if part is None else part[chosen], minlength=num_parts)
