@@ -1,5 +1,7 @@
 """Building blocks for recommender models; each works alone."""
 
+from recblocks.embedding._layout import EmbeddingTable, IdFeature, Vectors
+from recblocks.embedding.fused_lookup import FusedEmbeddingLookup
 from recblocks.embedding.id_table import IdTable, Inserted
 from recblocks.evaluation._chunks import UserMeans
 from recblocks.evaluation._pairs import unique_pairs
@@ -100,8 +102,11 @@ __all__ = [
     "CountMinSketch",
     "CrossNetwork",
     "EmbeddingPoints",
+    "EmbeddingTable",
     "EncodedUser",
     "Examples",
+    "FusedEmbeddingLookup",
+    "IdFeature",
     "IdTable",
     "Impressions",
     "Inserted",
@@ -128,6 +133,7 @@ __all__ = [
     "TopK",
     "TrainingBatches",
     "UserMeans",
+    "Vectors",
     "World",
     "all_action",
     "amazon_beauty",

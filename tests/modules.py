@@ -81,6 +81,29 @@ def action_transformer_inputs(*names):
     return given | {name: draw[name]() for name in names}
 
 
+def fused_lookup(device, dtype, gradient):
+    tables = {"item": recblocks.EmbeddingTable(30, dim=4), "user": recblocks.EmbeddingTable(9, dim=3)}
+    features = {
+        "user": recblocks.IdFeature("user", num_unseen=2),
+        "item": recblocks.IdFeature("item"),
+        "liked": recblocks.IdFeature("item", pooling="mean"),
+        "seen": recblocks.IdFeature("item", pooling=None),
+    }
+    # A rate of 0: what compares two gradients must find the same weights twice.
+    return recblocks.FusedEmbeddingLookup(
+        tables, features, gradient=gradient, learning_rate=0, device=device, dtype=dtype
+    )
+
+
+def raw_ids(*, jagged):
+    return {
+        "user": torch.tensor([-(2**63), 0, 7]),
+        "item": torch.tensor([5, 5, 2**62]),
+        "liked": (torch.tensor([8, 9, 5, 8, 1, 3]), OFFSETS) if jagged else torch.arange(12).view(ROWS, SLOTS),
+        "seen": torch.arange(20, 32).view(ROWS, SLOTS),
+    }
+
+
 ENTRIES = [
     Entry(
         "LogPeriodicTimeEncoder",
@@ -200,5 +223,14 @@ ENTRIES = [
         "IdTable",
         lambda device, _: recblocks.IdTable(9, device=device),
         lambda: {"ids": torch.arange(-6, 6).view(ROWS, SLOTS)},
+    ),
+    *(
+        Entry(
+            f"FusedEmbeddingLookup {gradient}{', jagged' if jagged else ''}",
+            lambda device, dtype, gradient=gradient: fused_lookup(device, dtype, gradient),
+            lambda jagged=jagged: {"features": raw_ids(jagged=jagged)},
+            not jagged,
+        )
+        for gradient, jagged in [("dense", False), ("dense", True), ("rowwise_adagrad", False)]
     ),
 ]

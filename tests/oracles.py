@@ -726,3 +726,39 @@ class IdTable:
             del self.rows[one], self.uses[one]
             self.hand = row + 1
         return evicted
+
+
+def unseen_row(one, num_rows):
+    """Which of so many rows an id without one of its own gets: 32 bits of a hash, scaled."""
+    word = 2**64
+    x = (one + 0x9E3779B97F4A7C15) % word
+    x ^= x >> 32
+    x = x * 0xBF58476D1CE4E5B9 % word
+    x ^= x >> 29
+    x = x * 0xBF58476D1CE4E5B9 % word
+    return (x >> 32) * num_rows >> 32
+
+
+def pooled_bags(vectors, bags, pooling):
+    """Sum or mean of the vectors of each bag's ids, zeros where there are none; ``vectors`` says each id's."""
+    dim = len(next(iter(vectors.values())))
+    out = []
+    for bag in bags:
+        total = [sum(vectors[one][column] for one in bag) for column in range(dim)]
+        out.append([one / len(bag) for one in total] if pooling == "mean" and bag else total)
+    return out
+
+
+def train_rows(weight, moment, steps, learning_rate, adagrad):
+    """Rows after some steps of SGD or row-wise Adagrad; a step is (row, gradient) pairs, of which rows may repeat."""
+    weight, moment = [list(row) for row in weight], list(moment)
+    for pairs in steps:
+        summed = {}
+        for row, gradient in pairs:
+            summed[row] = [a + b for a, b in zip(summed.get(row, [0.0] * len(gradient)), gradient, strict=True)]
+        for row, gradient in summed.items():
+            if adagrad:
+                moment[row] += sum(g * g for g in gradient) / len(gradient)
+                gradient = [g / (math.sqrt(moment[row]) + 1e-8) for g in gradient]
+            weight[row] = [w - learning_rate * g for w, g in zip(weight[row], gradient, strict=True)]
+    return weight, moment

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from modules import run
+from torch.utils._pytree import tree_leaves, tree_map
 
 import recblocks
 
@@ -27,12 +28,14 @@ def make(entry, device="cpu", dtype=torch.float32):
         module.update(entry.inputs()["ids"])
     if isinstance(module, recblocks.IdTable) and device == "cpu":
         module.insert(torch.arange(9))
+    if isinstance(module, recblocks.FusedEmbeddingLookup) and device == "cpu":
+        module.insert(entry.inputs()["features"])
     return module
 
 
 def run_with_gradients(call, module, inputs):
     out = run(call, inputs)
-    parameters = list(module.parameters())
+    parameters = [one for one in module.parameters() if one.requires_grad]
     if not parameters:
         return out, ()
     weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
@@ -153,16 +156,13 @@ def test_packed_sequences_of_other_lengths_need_no_other_compilation(entry):
 @each_module
 def test_export_takes_other_numbers_of_rows(entry):
     module, inputs = make(entry).eval(), entry.inputs()
-    dynamic = {
-        name: {0: torch.export.Dim.DYNAMIC} if isinstance(value, torch.Tensor) else None
-        for name, value in inputs.items()
-    }
+    dynamic = tree_map(lambda value: {0: torch.export.Dim.DYNAMIC} if isinstance(value, torch.Tensor) else None, inputs)
     exported = torch.export.export(module, (), inputs, dynamic_shapes=dynamic).module()
     operations = {str(node.target) for node in exported.graph.nodes}
     assert not operations & {"aten.item.default", "aten._local_scalar_dense.default"}, "a forward waits for the device"
     torch.testing.assert_close(run(exported, inputs), run(module, inputs), **SAME)
     if entry.has_rows and inputs:
-        more = {name: torch.cat([value, value, value[:1]]) for name, value in inputs.items()}
+        more = tree_map(lambda value: torch.cat([value, value, value[:1]]), inputs)
         torch.testing.assert_close(run(exported, more), run(module, more), **SAME)
 
 
@@ -170,7 +170,7 @@ def test_export_takes_other_numbers_of_rows(entry):
 def test_a_forward_asks_for_no_number_on_a_device(entry):
     """The meta device has none: what waits for one (item, cpu, a shape or branch that depends on data) fails there."""
     inputs = entry.inputs()
-    on_meta = {name: value.to("meta") if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
+    on_meta = tree_map(lambda value: value.to("meta") if isinstance(value, torch.Tensor) else value, inputs)
     out = run(make(entry, device="meta"), on_meta)
     assert out.is_meta
     assert out.shape == run(make(entry), inputs).shape
@@ -203,7 +203,7 @@ def test_a_row_alone_is_the_row_in_the_batch(entry):
     module, inputs = make(entry), entry.inputs()
     out = run(module, inputs)
     for row in range(len(out)):
-        alone = run(module, {name: value[row : row + 1] for name, value in inputs.items()})
+        alone = run(module, tree_map(lambda value, row=row: value[row : row + 1], inputs))
         torch.testing.assert_close(alone[0], out[row], **SAME)
 
 
@@ -224,5 +224,5 @@ def test_the_inputs_are_left_as_they_were(entry):
     module, inputs = make(entry), entry.inputs()
     before = copy.deepcopy(inputs)
     run(module, inputs)
-    for name, value in inputs.items():
-        assert torch.equal(value, before[name]) if isinstance(value, torch.Tensor) else value == before[name]
+    for value, was in zip(tree_leaves(inputs), tree_leaves(before), strict=True):
+        assert torch.equal(value, was) if isinstance(value, torch.Tensor) else value == was

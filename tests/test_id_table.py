@@ -205,7 +205,7 @@ def test_ids_of_many_parts_that_collide_are_hashed_anew_until_they_do_not():
     table = IdTable([3] * 40)
     part = torch.arange(40)
     ids = int64([unmixed(77, 99 << 20, table.hashed, int(one)) for one in part])
-    first, second = bucket_pair(ids, table._slots, part)
+    first, second = bucket_pair(ids, table.slots, part)
     assert len(first.unique()) == len(second.unique()) == 1
     hashed = table.hashed
     assert table.insert(ids, part).rows.tolist() == list(range(0, 120, 3))
@@ -282,7 +282,7 @@ def test_ids_that_all_want_the_same_two_buckets_are_found_and_none_is_lost():
     hashed, num_buckets = table.hashed, table.keys.shape[0]
     wide = 2**32 // num_buckets
     ids = int64([unmixed(5 * wide + wide // 2 + at, 9 * wide + wide // 2 + at, hashed) for at in range(300)])
-    first, second = bucket_pair(ids, table._slots, None)
+    first, second = bucket_pair(ids, table.slots, None)
     assert (first == 5).all()
     assert (second == 9).all()
     others = torch.arange(700)
@@ -301,7 +301,7 @@ def test_hashes_are_drawn_until_all_ids_find_a_place():
     table = IdTable(20)
     hashed, pool = table.hashed, torch.arange(20_000)
     for _ in range(4):  # under each of four hashes these ids want two buckets of the three, which hold 16
-        pool = pool[(torch.stack(bucket_pair(pool, table._slots._replace(hashed=hashed), None)) < 2).all(0)]
+        pool = pool[(torch.stack(bucket_pair(pool, table.slots._replace(hashed=hashed), None)) < 2).all(0)]
         hashed = _buckets.next_hash(hashed)
     assert table.insert(pool[:17]).rows.tolist() == list(range(17))
     assert table.find(pool[:18]).tolist() == [*range(17), -1]
@@ -896,7 +896,7 @@ def test_nearly_all_ids_stand_in_their_first_bucket_when_every_row_is_taken():
     table = IdTable(50_000)
     ids = torch.randint(LOWEST, HIGHEST, (50_000,), generator=torch.Generator().manual_seed(0)).unique()
     table.insert(ids)
-    first, _ = bucket_pair(ids, table._slots, None)
+    first, _ = bucket_pair(ids, table.slots, None)
     share = (table.keys[first] == ids[:, None]).any(1).double().mean()
     # Buckets of Poisson(6.8) ids keep min(n, 8) of them: E[min(n, 8)] / 6.8 = .927; those that went to their second
     # bucket take slots there, which costs a few more.

@@ -15,6 +15,7 @@ from recblocks.sketch import CountMinSketch, refuse_others
 
 MOST_ROWS = (1 << 31) - 1
 LAYOUT = 1  # of what a checkpoint holds
+SAVED = ("keys", "rows", "uses", "hashed", "begins", "numbers")
 
 
 def check_sketch(sketch: CountMinSketch | None, state_dict: Mapping[str, Any], prefix: str) -> None:

@@ -17,11 +17,10 @@ from recblocks import _checks
 from recblocks._files import replacing
 from recblocks._hashing import GOLDEN, signed
 from recblocks.embedding import _buckets, _free_rows
-from recblocks.embedding._id_table_state import LAYOUT, MOST_ROWS, check_sketch, check_state
+from recblocks.embedding._id_table_state import LAYOUT, MOST_ROWS, SAVED, check_sketch, check_state
 from recblocks.sketch import CountMinSketch
 
-_SAVED = ("keys", "rows", "uses", "hashed", "begins", "numbers")
-_STATE = (*_SAVED, "capacities", "_free", "_hands", "_num_writes")
+_STATE = (*SAVED, "capacities", "_free", "_hands", "_num_writes")
 _ATTEMPTS = 20
 _BEGIN = threading.Lock()
 _T = TypeVar("_T")
@@ -137,9 +136,14 @@ class IdTable(nn.Module):
     @property
     def num_ids_by_part(self) -> list[int]:
         """How many ids of each part have a row."""
-        with self._reads("num_ids"):
+        with self.reading("num_ids"):
             self._refresh()
             return self._num_ids()
+
+    @property
+    def slots(self) -> _buckets.Slots:
+        """What a find reads."""
+        return _buckets.Slots(self.keys, self.rows, self.hashed, self.begins)
 
     def reset_parameters(self) -> None:
         """Forget every id, and every sighting."""
@@ -168,10 +172,10 @@ class IdTable(nn.Module):
         """
         part = self._check_ids(ids, part)
         if torch.compiler.is_compiling():
-            return _buckets.find_rows(ids, self._slots, part)
-        with self._reads("find"):
+            return _buckets.find_rows(ids, self.slots, part)
+        with self.reading("find"):
             if not _checks.readable(ids):
-                return _buckets.find_rows(ids, self._slots, part)
+                return _buckets.find_rows(ids, self.slots, part)
             chunks = torch.split(ids.flatten(), _buckets.CHUNK)
             if part is None:
                 found = [self._find_most_in_first(some) for some in chunks]
@@ -262,7 +266,7 @@ class IdTable(nn.Module):
 
     def entries(self) -> tuple[Tensor, Tensor]:
         """All ids and their rows, (num_ids,) each, ascending by row; `begins` says which part a row is of."""
-        with self._reads("entries"):
+        with self.reading("entries"):
             stands = self.rows >= 0
             rows, order = self.rows[stands].long().sort()
             return self.keys[stands][order], rows
@@ -273,7 +277,7 @@ class IdTable(nn.Module):
         sketch = None
         if self.sketch is not None:
             sketch = {name: getattr(self.sketch, name) for name in ("width", "depth", "seed")}
-        with replacing(path) as scratch, self._reads("save"), scratch.open("wb") as file:
+        with replacing(path) as scratch, self.reading("save"), scratch.open("wb") as file:
             torch.save({"options": options, "sketch": sketch, "state": self.state_dict()}, file)
 
     @classmethod
@@ -291,6 +295,15 @@ class IdTable(nn.Module):
         table.load_state_dict(saved["state"], assign=True)
         return table
 
+    @contextlib.contextmanager
+    def reading(self, what: str) -> Iterator[None]:
+        """Raise a RuntimeError that names who reads, where the table is written meanwhile."""
+        version = self._version
+        if version % 2 == 0:
+            yield
+        if version % 2 or version != self._version:
+            raise RuntimeError(f"{what} must not run while the table is written")
+
     def extra_repr(self) -> str:
         """Name the capacity and the rules."""
         capacity = self.capacities if len(self.capacities) > 1 else self.capacity
@@ -298,32 +311,32 @@ class IdTable(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Refuse to be pickled while it is written."""
-        with self._reads("a copy"):
+        with self.reading("a copy"):
             return self.__dict__.copy()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> IdTable:
         """Refuse to be copied while it is written."""
-        with self._reads("a copy"):
+        with self.reading("a copy"):
             memo[id(self)] = other = self.__class__.__new__(self.__class__)
             other.__dict__ = copy.deepcopy(self.__dict__, memo)
             return other
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        with self._reads("state_dict"):
+        with self.reading("state_dict"):
             super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         """Take over another table, of any size, all of it or nothing."""
-        absent = [prefix + name for name in _SAVED if prefix + name not in state_dict]
+        absent = [prefix + name for name in SAVED if prefix + name not in state_dict]
         if absent:
-            if len(absent) < len(_SAVED):
+            if len(absent) < len(SAVED):
                 raise ValueError(f"state_dict must hold all of a table, got none of {', '.join(absent)}")
             super()._load_from_state_dict(state_dict, prefix, *args)
             return
         self._write(self._load, state_dict, prefix, *args)
 
     def _load(self, _: _buckets.Changes, state_dict: Any, prefix: str, *args: Any) -> None:
-        given = {name: state_dict[prefix + name] for name in _SAVED}
+        given = {name: state_dict[prefix + name] for name in SAVED}
         check_state(given, prefix, counts_uses=self.evicts is not None)
         check_sketch(self.sketch, state_dict, f"{prefix}sketch.")
         for name, tensor in given.items():
@@ -354,14 +367,10 @@ class IdTable(nn.Module):
             setattr(self, name, tensor)
         self._num_writes -= 1
 
-    @property
-    def _slots(self) -> _buckets.Slots:
-        return _buckets.Slots(self.keys, self.rows, self.hashed, self.begins)
-
     def _insert(self, changes: _buckets.Changes, ids: Tensor, part: Tensor | None) -> Inserted:
         self._refresh()
         unique, part, place, seen = _unique(ids.flatten(), None if part is None else part.expand(ids.shape).flatten())
-        rows = _buckets.find_rows(unique, self._slots, part)
+        rows = _buckets.find_rows(unique, self.slots, part)
         salted = unique if part is None else unique + part * signed(GOLDEN)
         new = self._to_begin(salted, part, rows, place, seen)
         wanted = _count(part, new, len(self.capacities))
@@ -382,10 +391,10 @@ class IdTable(nn.Module):
 
     def _erase(self, changes: _buckets.Changes, ids: Tensor, part: Tensor | None) -> Tensor:
         self._refresh()
-        rows = _buckets.find_rows(ids, self._slots, part)
+        rows = _buckets.find_rows(ids, self.slots, part)
         stand = rows >= 0
         part = None if part is None else part.expand(ids.shape)[stand]
-        pair = torch.stack(_buckets.bucket_pair(ids[stand], self._slots, part), 1)
+        pair = torch.stack(_buckets.bucket_pair(ids[stand], self.slots, part), 1)
         slot = pair[..., None] * _buckets.BUCKET + torch.arange(_buckets.BUCKET, device=ids.device)
         stands = self.rows[pair] == rows[stand][:, None, None]
         self._empty_slots(torch.unique(slot[stands]), changes)
@@ -413,7 +422,7 @@ class IdTable(nn.Module):
 
     def _find_most_in_first(self, ids: Tensor, part: Tensor | None = None) -> Tensor:
         """`find_rows`, which looks into the second bucket only for what is not in the first."""
-        slots = self._slots
+        slots = self.slots
         first, second = _buckets.bucket_pair(ids, slots, part)
         found = _buckets.where_equal(ids, slots, first, part)
         left = torch.nonzero(found < 0).squeeze(1)
@@ -473,7 +482,7 @@ class IdTable(nn.Module):
 
     def _place(self, ids: Tensor, rows: Tensor, changes: _buckets.Changes) -> None:
         """Put distinct ids that are not there into the table."""
-        left = _buckets.place(self._slots, ids, rows, changes)
+        left = _buckets.place(self.slots, ids, rows, changes)
         if len(left[0]):
             self._rehash(self.keys.shape[0], _buckets.next_hash(self.hashed), left)
 
@@ -483,8 +492,7 @@ class IdTable(nn.Module):
         for _ in range(_ATTEMPTS):
             slots = _buckets.Slots(keys, rows, hashed, self.begins)
             if all(
-                not len(_buckets.place(slots, *some)[0])
-                for some in itertools.chain(_buckets.entries(self._slots), more)
+                not len(_buckets.place(slots, *some)[0]) for some in itertools.chain(_buckets.entries(self.slots), more)
             ):
                 self.keys, self.rows, self.hashed = keys, rows, hashed
                 return
@@ -494,6 +502,8 @@ class IdTable(nn.Module):
         raise RuntimeError(f"{_ATTEMPTS} hash functions could not place {num_ids} ids in {num_buckets} buckets")
 
     def _num_ids(self) -> list[int]:
+        if self.rows.is_meta:
+            return [0] * len(self.capacities)
         free = _free_rows.count(self._free, self.begins).tolist()
         return [capacity - left for capacity, left in zip(self.capacities, free, strict=True)]
 
@@ -556,14 +566,6 @@ class IdTable(nn.Module):
             raise
         finally:
             self._version += writes
-
-    @contextlib.contextmanager
-    def _reads(self, what: str) -> Iterator[None]:
-        version = self._version
-        if version % 2 == 0:
-            yield
-        if version % 2 or version != self._version:
-            raise RuntimeError(f"{what} must not run while the table is written")
 
     def _check_ids(self, ids: Tensor, part: Tensor | None) -> Tensor | None:
         """The parts, None where there is one."""

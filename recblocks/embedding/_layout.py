@@ -1,0 +1,232 @@
+"""Which features look into which tables, where their rows lie, and how a batch of them is laid side by side."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from recblocks import _checks
+
+Ids: TypeAlias = Tensor | tuple[Tensor, Tensor]
+_POOLINGS = ("sum", "mean", None)
+_MOST_UNSEEN = (1 << 31) - 1
+
+
+class EmbeddingTable(NamedTuple):
+    """A table of vectors, one feature's own or shared by several."""
+
+    capacity: int
+    """How many ids have a row of their own."""
+    dim: int
+    """How wide the rows are."""
+
+
+class IdFeature(NamedTuple):
+    """A feature whose values are raw ids."""
+
+    table: str
+    """Where its ids have their rows."""
+    pooling: Literal["sum", "mean"] | None = "sum"
+    """What becomes of a bag of ids; None: each id keeps its vector."""
+    num_unseen: int = 1
+    """How many rows it has for ids that the table does not hold; a hash chooses one."""
+
+
+class Vectors(NamedTuple):
+    """What a lookup gives."""
+
+    pooled: Tensor
+    """(B, sum of the widths of the features that pool), in the order of the features; (0, 0) if none does."""
+    by_feature: dict[str, Tensor]
+    """(B, dim), a part of ``pooled``, or (..., dim) where the feature does not pool."""
+
+
+class Group(NamedTuple):
+    """Features of one width that are looked up in one go."""
+
+    dim: int
+    kind: Literal["one", "each", "sum", "mean"]
+    """One id in each bag; an id each without bags; bags that are pooled."""
+    names: list[str]
+    shapes: list[torch.Size]
+    ids: Tensor
+    """(B, F) one in each bag, else (N,), those of a feature behind those of the one before."""
+    places: Tensor
+    """(4, ...) what `Layout.places` says of each id's feature; broadcasts against ids."""
+    offsets: Tensor | None
+    """(F B + 1,) where the bags begin and the last one ends."""
+
+
+class Range(NamedTuple):
+    """Rows of the weight of one width: of a table, or of a feature for unseen ids."""
+
+    dim: int
+    begin: int
+    end: int
+    table: str
+    feature: str | None
+
+
+class Layout:
+    """What follows from the tables and features alone."""
+
+    def __init__(self, tables: Mapping[str, EmbeddingTable], features: Mapping[str, IdFeature]) -> None:
+        self.tables = {name: _checked_table(name, *one) for name, one in tables.items()}
+        self.features = {name: _checked_feature(name, self.tables, *one) for name, one in features.items()}
+        for name, found in (("tables", self.tables), ("features", self.features)):
+            if not found:
+                raise ValueError(f"{name} must name at least one, got none")
+        self.order = sorted(self.tables, key=lambda name: self.tables[name].dim)
+        self.dims = sorted({one.dim for one in self.tables.values()})
+        self.dim_of = {name: self.tables[one.table].dim for name, one in self.features.items()}
+        self.pooled = [name for name, one in self.features.items() if one.pooling is not None]
+
+    def ranges(self, capacities: Sequence[int]) -> list[Range]:
+        """What each row of the weights is for; the capacities are by `order`. First come the rows for unseen ids."""
+        ends, found = dict.fromkeys(self.dims, 0), []
+        unseen = ((name, one.table, one.num_unseen) for name, one in self.features.items())
+        own = ((None, table, capacity) for table, capacity in zip(self.order, capacities, strict=True))
+        for feature, table, num_rows in itertools.chain(unseen, own):
+            dim = self.tables[table].dim
+            found.append(Range(dim, ends[dim], ends[dim] + num_rows, table, feature))
+            ends[dim] += num_rows
+        return found
+
+    def num_rows(self, capacities: Sequence[int]) -> dict[int, int]:
+        """How many rows the weights of each width have."""
+        return {one.dim: one.end for one in self.ranges(capacities)}
+
+    def places(self, capacities: Sequence[int]) -> list[list[int]]:
+        """Of each feature: the part of the id table, the shift of a row, its first row for unseen ids, their number."""
+        ranges = self.ranges(capacities)
+        first = dict(zip(self.order, itertools.accumulate(capacities, initial=0), strict=False))
+        shift = {one.table: one.begin - first[one.table] for one in ranges if one.feature is None}
+        unseen = (one for one in ranges if one.feature is not None)  # in the order of the features
+        found = [(self.order.index(one.table), shift[one.table], one.begin, one.end - one.begin) for one in unseen]
+        return [list(column) for column in zip(*found, strict=True)]
+
+    def described(self) -> dict[str, Any]:
+        """What a checkpoint must agree with."""
+        features = {name: list(one) for name, one in self.features.items()}
+        return {"dims": {name: one.dim for name, one in self.tables.items()}, "features": features}
+
+    def groups(self, features: Mapping[str, Ids], places: Tensor) -> list[Group]:
+        """Lay a batch side by side: what can be looked up in one go, in one piece."""
+        self._check(features)
+        kinds: dict[tuple[int, Literal["one", "each", "sum", "mean"]], list[str]] = {}
+        for name, one in self.features.items():
+            ids = features[name]
+            single = isinstance(ids, Tensor) and ids.ndim == 1
+            kind = "each" if one.pooling is None else "one" if single else one.pooling
+            kinds.setdefault((self.dim_of[name], kind), []).append(name)
+        return [self._group(dim, kind, names, features, places) for (dim, kind), names in kinds.items()]
+
+    def vectors(self, groups: Sequence[Group], found: Sequence[Tensor]) -> Vectors:
+        """Give each feature its own: (B, F, dim) of groups of one id each, (F B, dim) of bags, (N, dim) of each id."""
+        each: dict[str, Tensor] = {}
+        for group, their in zip(groups, found, strict=True):
+            if group.kind == "one":
+                parts = their.unbind(1)
+            elif group.kind == "each":
+                sizes = [math.prod(shape) for shape in group.shapes]
+                pieces = zip(torch.split(their, sizes), group.shapes, strict=True)
+                parts = tuple(piece.view(*shape, group.dim) for piece, shape in pieces)
+            else:
+                parts = their.view(len(group.names), -1, group.dim).unbind(0)
+            each.update(zip(group.names, parts, strict=True))
+        if not self.pooled:
+            return Vectors(found[0].new_empty(0, 0), {name: each[name] for name in self.features})
+        whole = [their for group, their in zip(groups, found, strict=True) if group.names == self.pooled]
+        if whole and whole[0].ndim == 3:
+            pooled = whole[0].flatten(1)
+        else:
+            pooled = torch.cat([each[name] for name in self.pooled], 1)
+        each.update(zip(self.pooled, torch.split(pooled, [self.dim_of[name] for name in self.pooled], 1), strict=True))
+        return Vectors(pooled, {name: each[name] for name in self.features})
+
+    def _group(
+        self,
+        dim: int,
+        kind: Literal["one", "each", "sum", "mean"],
+        names: list[str],
+        features: Mapping[str, Ids],
+        places: Tensor,
+    ) -> Group:
+        given = [_parts(features[name]) for name in names]
+        shapes = [ids.shape for ids, _ in given]
+        if len(names) < len(self.features):
+            numbers = {name: number for number, name in enumerate(self.features)}
+            places = torch.stack([places[:, numbers[name]] for name in names], 1)
+        if kind == "one":
+            return Group(dim, kind, names, shapes, torch.stack([ids for ids, _ in given], 1), places, None)
+        ids = torch.cat([ids.flatten() for ids, _ in given])
+        sizes = [math.prod(shape) for shape in shapes]
+        places = torch.cat([places[:, at : at + 1].expand(4, size) for at, size in enumerate(sizes)], 1)
+        offsets = None
+        if kind != "each":
+            begins = itertools.accumulate(sizes, initial=0)
+            bags = [begin + _offsets(*one)[:-1] for begin, one in zip(begins, given, strict=False)]
+            offsets = torch.cat([*bags, ids.new_full((1,), ids.shape[0])])
+        return Group(dim, kind, names, shapes, ids, places, offsets)
+
+    def _check(self, features: Mapping[str, Ids]) -> None:
+        if features.keys() != self.features.keys():
+            missing = [name for name in self.features if name not in features]
+            unknown = [name for name in features if name not in self.features]
+            raise ValueError(f"features must be those of the lookup, got none of {missing} and unknown {unknown}")
+        sizes = {}
+        for name, given in features.items():
+            ids, offsets = _parts(given)
+            pools = self.features[name].pooling is not None
+            _checks.integers(f"features[{name!r}]", ids, *(() if not pools else ("B",) if offsets is not None else ()))
+            if offsets is not None:
+                if not pools:
+                    raise ValueError(f"features[{name!r}] must be ids alone where they are not pooled, got offsets too")
+                _checks.offsets(f"features[{name!r}][1]", offsets, ids.shape[0])
+                sizes[name] = offsets.shape[0] - 1
+            elif pools:
+                if ids.ndim not in (1, 2):
+                    raise ValueError(f"features[{name!r}] must have shape (B) or (B, L), got {_checks.describe(ids)}")
+                sizes[name] = ids.shape[0]
+        wrong = [name for name in sizes if sizes[name] != sizes[self.pooled[0]]]
+        if wrong:
+            first, other = self.pooled[0], wrong[0]
+            rows = f"{sizes[other]} for {other!r} and {sizes[first]} for {first!r}"
+            raise ValueError(f"features that pool must have the same number of rows, got {rows}")
+
+
+def _parts(given: Ids) -> tuple[Tensor, Tensor | None]:
+    """The ids and the offsets of their bags, if they have any."""
+    return given if isinstance(given, tuple) and len(given) == 2 else (given, None)
+
+
+def _offsets(ids: Tensor, offsets: Tensor | None) -> Tensor:
+    """(B + 1,) where the bags of a feature begin."""
+    if offsets is not None:
+        return offsets
+    return ids.shape[1] * torch.arange(ids.shape[0] + 1, device=ids.device)
+
+
+def _checked_table(name: str, capacity: int, dim: int) -> EmbeddingTable:
+    capacity = _checks.integer(f"tables[{name!r}].capacity", capacity, at_least=1, at_most=_MOST_UNSEEN)
+    return EmbeddingTable(capacity, _checks.integer(f"tables[{name!r}].dim", dim, at_least=1))
+
+
+def _checked_feature(
+    name: str,
+    tables: Mapping[str, EmbeddingTable],
+    table: str,
+    pooling: Literal["sum", "mean"] | None,
+    num_unseen: int,
+) -> IdFeature:
+    _checks.choice(f"features[{name!r}].table", table, tables.keys())
+    _checks.choice(f"features[{name!r}].pooling", pooling, _POOLINGS)
+    most = _MOST_UNSEEN
+    return IdFeature(
+        table, pooling, _checks.integer(f"features[{name!r}].num_unseen", num_unseen, at_least=1, at_most=most)
+    )

@@ -1,0 +1,378 @@
+"""Raw ids of all features to vectors in one lookup: an id table, and weights that it names the rows of."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter, functional
+
+from recblocks import _checks
+from recblocks._hashing import FIRST, GOLDEN, LOW_32, mix, signed
+from recblocks.embedding._buckets import Slots, find_rows
+from recblocks.embedding._id_table_state import SAVED, check_state
+from recblocks.embedding._layout import EmbeddingTable, Group, IdFeature, Ids, Layout, Range, Vectors
+from recblocks.embedding._row_updates import gather_and_train
+from recblocks.embedding.id_table import IdTable
+from recblocks.sketch import CountMinSketch
+
+_OPTIMIZERS = ("sgd", "rowwise_adagrad")
+_GRADIENTS = ("dense", "sparse", *_OPTIMIZERS)
+
+
+def lookup_rows(ids: Tensor, slots: Slots, places: Tensor) -> Tensor:
+    """Rows of a weight for the ids of several features: a table's, or one of those for unseen ids.
+
+    ``r + shift`` where the feature's part of the table says r; else ``first + ⌊h u / 2³²⌋``, where h is 32 bits of a
+    hash of the id that stays the same whatever the table does, for u rows from ``first`` on.
+
+    Args:
+        ids: (...) int64.
+        slots: of the id table.
+        places: (4, ...) int64, the part, shift, first unseen row and number of unseen rows u of each id's feature;
+            broadcasts against ids.
+
+    Returns:
+        (...) int64.
+
+    Example:
+        >>> table = IdTable(2)
+        >>> _ = table.insert(torch.tensor([50, 60]))
+        >>> slots = Slots(table.keys, table.rows, table.hashed, table.begins)
+        >>> lookup_rows(torch.tensor([60, 70, 50]), slots, torch.tensor([[0], [1], [0], [1]]))
+        tensor([2, 0, 1])
+    """
+    part, shift, first, num_unseen = places.unbind()
+    rows = find_rows(ids, slots, None if slots.begins.shape[0] == 2 else part)
+    unseen = ((mix(ids, signed(GOLDEN)) * signed(FIRST) >> 32) & LOW_32) * num_unseen >> 32
+    return torch.where(rows < 0, first + unseen, rows + shift)
+
+
+class FusedEmbeddingLookup(nn.Module):
+    """Turns the raw 64-bit ids of any number of features into vectors, without a vocabulary.
+
+    An `IdTable`, of one part a table, gives each id a row; the rows of one width lie in one matrix, so that all
+    features of that width, hundreds of them, are looked up in one go. An id without a row gets one of its feature's own
+    rows for unseen ids. A lookup gives no rows: `insert` does, between steps, and so do `evict`, `erase` and `grow`::
+
+        lookup.insert(batch)
+        loss(lookup(batch)).backward()
+
+    ``gradient`` says what becomes of it. "dense" and "sparse": it is the ``grad`` of the weights, for an optimiser, as
+    with `torch.nn.Embedding`. "sgd" and "rowwise_adagrad": backward applies it to the rows that were seen, touches no
+    other, and keeps nothing; the weights then need no optimiser. With the sum ``g_r`` of the gradients of row r, "sgd"
+    is ``w_r -= η g_r``, and "rowwise_adagrad" ``m_r += mean(g_r²)``, one number m a row, then ``w_r -= η g_r / (√m_r +
+    1e-8)``. Two lookups before a backward are two updates, and a loss that is scaled scales them.
+
+    Several processes: under DDP, with "dense", each must insert the ids of all, in one order. The last two are for one
+    process: under DDP every rank's weights would go their own way, and what FSDP gathers is not kept.
+
+    Args:
+        tables: each one's capacity in ids, and the width of its rows.
+        features: each one's table, pooling and number of rows for unseen ids, in the order of the output.
+        gradient: "dense", "sparse", "sgd" or "rowwise_adagrad".
+        learning_rate: η of the last two; a schedule writes into the buffer of this name.
+        admit_after: like `IdTable`'s, and so are sketch, evict and seed.
+        generator: draws the first weights.
+        device: where everything lives.
+        dtype: the weights'.
+
+    Raises:
+        TypeError, ValueError: for arguments out of their range, and features of a table that there is not.
+
+    Example:
+        >>> lookup = FusedEmbeddingLookup(
+        ...     {"item": EmbeddingTable(1000, dim=8), "user": EmbeddingTable(500, dim=4)},
+        ...     {"user": IdFeature("user"), "item": IdFeature("item"), "liked": IdFeature("item", pooling="mean")},
+        ... )
+        >>> liked = torch.tensor([900, 7, 8]), torch.tensor([0, 2, 3])  # the ids, and where each row's begin
+        >>> batch = {"user": torch.tensor([-5, 2**62]), "item": torch.tensor([7, 7]), "liked": liked}
+        >>> lookup.insert(batch)
+        {'item': 3, 'user': 2}
+        >>> vectors = lookup(batch)
+        >>> vectors.pooled.shape, vectors.by_feature["liked"].shape
+        (torch.Size([2, 20]), torch.Size([2, 8]))
+
+    Note:
+        Weights begin uniform within ±1/√capacity of their table, as in DLRM and torchrec, and so does the row of an id
+        that is new.
+
+    Source:
+        TransAct, section 3.4.2.
+    """
+
+    places: Tensor
+    learning_rate: Tensor
+
+    def __init__(
+        self,
+        tables: Mapping[str, EmbeddingTable],
+        features: Mapping[str, IdFeature],
+        *,
+        gradient: Literal["dense", "sparse", "sgd", "rowwise_adagrad"] = "dense",
+        learning_rate: float = 0.01,
+        admit_after: int = 1,
+        sketch: CountMinSketch | None = None,
+        evict: Literal["least_used"] | None = None,
+        seed: int = 0,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        _checks.choice("gradient", gradient, _GRADIENTS)
+        _checks.number("learning_rate", learning_rate, at_least=0)
+        layout = Layout(tables, features)
+        self._layout, self.gradient, self._first_learning_rate = layout, gradient, learning_rate
+        capacities = [layout.tables[name].capacity for name in layout.order]
+        self.table = IdTable(capacities, admit_after=admit_after, sketch=sketch, evict=evict, seed=seed, device=device)
+        self.weights = nn.ParameterDict()
+        for dim, num_rows in layout.num_rows(capacities).items():
+            weight = torch.empty(num_rows, dim, device=device, dtype=dtype)
+            self.weights[str(dim)] = Parameter(weight, requires_grad=gradient not in _OPTIMIZERS)
+            num_moments = num_rows if gradient == "rowwise_adagrad" else 0
+            self.register_buffer(f"moment_{dim}", torch.empty(num_moments, dtype=torch.float32, device=device))
+        anchor = Parameter(torch.empty(0, device=device, dtype=dtype)) if gradient in _OPTIMIZERS else None
+        self.register_parameter("anchor", anchor)
+        self.register_buffer("learning_rate", torch.empty((), dtype=torch.float32, device=device))
+        self.register_buffer("places", torch.empty(4, len(features), dtype=torch.int64, device=device))
+        self.reset_parameters(generator=generator)
+
+    @property
+    def num_ids(self) -> dict[str, int]:
+        """How many ids of each table have a row."""
+        counts = dict(zip(self._layout.order, self.table.num_ids_by_part, strict=True))
+        return {name: counts[name] for name in self._layout.tables}
+
+    @property
+    def capacities(self) -> dict[str, int]:
+        """How many ids of each table can have a row."""
+        capacities = dict(zip(self._layout.order, self.table.capacities, strict=True))
+        return {name: capacities[name] for name in self._layout.tables}
+
+    def reset_parameters(self, *, generator: torch.Generator | None = None) -> None:
+        """Forget every id, and draw all weights."""
+        self.table.reset_parameters()
+        with torch.no_grad():
+            self.learning_rate.fill_(self._first_learning_rate)
+            self._place()
+            for one in self._layout.ranges(self.table.capacities):
+                self._draw(self.weights[str(one.dim)][one.begin : one.end], one.table, generator)
+            for dim in self._layout.dims:
+                self.get_buffer(f"moment_{dim}").zero_()
+
+    def forward(self, features: Mapping[str, Ids]) -> Vectors:
+        """Look all features up.
+
+        Args:
+            features: of each feature int64 ids, and of a bag where it begins. Of one that pools: (B,) one id in each
+                bag; (B, L) bags of L; or a pair, the (N,) ids of all bags and the (B + 1,) offsets at which they begin
+                and the last one ends. Of one that does not: (...).
+
+        Returns:
+            the vectors, in the weights' dtype; zeros for an empty bag.
+
+        Raises:
+            TypeError, ValueError: a feature missing or unknown, another dtype or shape, rows that differ in number,
+                and, on a CPU, offsets that do not run from 0 to N or descend.
+            RuntimeError: the table is written meanwhile.
+        """
+        compiling = torch.compiler.is_compiling()
+        with contextlib.nullcontext() if compiling else self.table.reading("a lookup"):
+            groups = self._layout.groups(features, self.places)
+            return self._layout.vectors(groups, [self._look_up(group) for group in groups])
+
+    def insert(self, features: Mapping[str, Ids], *, generator: torch.Generator | None = None) -> dict[str, int]:
+        """Give the ids that have no row one, in their feature's table, and draw its weights; a failed call gives none.
+
+        Args:
+            features: as `forward` takes them.
+            generator: draws the weights.
+
+        Returns:
+            how many new ids of each table.
+
+        Raises:
+            TypeError, ValueError: like `forward`'s; or more new ids than a table has rows for.
+            RuntimeError: the table is read or written meanwhile; or ids that no hash function can place.
+        """
+        groups = self._layout.groups(features, self.places)
+        ids = torch.cat([group.ids.flatten() for group in groups])
+        parts = torch.cat([group.places[0].expand_as(group.ids).flatten() for group in groups])
+        begun = self.table.insert(ids, parts).begun
+        counts: dict[str, int] = {}
+        for part, one in enumerate(self._own_ranges()):
+            first, last = self.table.begins[part], self.table.begins[part + 1]
+            rows = begun[(begun >= first) & (begun < last)] - first + one.begin
+            self._begin(one, rows, generator)
+            counts[one.table] = len(rows)
+        return {name: counts[name] for name in self._layout.tables}
+
+    def erase(self, table: str, ids: Tensor) -> int:
+        """Take the rows of some ids away, those without one are passed over; how many had one.
+
+        Raises:
+            TypeError, ValueError: another table, or ids that are not int64.
+            RuntimeError: the table is read or written meanwhile.
+        """
+        _checks.integers("ids", ids)
+        rows = self.table.erase(ids, torch.full_like(ids, self._part(table)))
+        return len(torch.unique(rows[rows >= 0]))
+
+    def evict(self, table: str, num: int) -> Tensor:
+        """Take the rows of so many least used ids away, where the lookup is made with ``evict="least_used"``; the ids.
+
+        Raises:
+            TypeError, ValueError: another table or number, or a table that does not count uses.
+            RuntimeError: the table is read or written meanwhile.
+        """
+        return self.table.evict(num, self._part(table))[0]
+
+    def grow(self, table: str, capacity: int, *, generator: torch.Generator | None = None) -> None:
+        """Make room for more ids; every id keeps its vector.
+
+        The weights of this width move into new memory, and lose their ``grad``: what an optimiser keeps of them, and
+        graphs that were captured, must be made anew. Beside the old and the new weights nothing of size is held.
+
+        Args:
+            table: which one.
+            capacity: at least as many as now.
+            generator: draws the weights that come with it.
+
+        Raises:
+            TypeError, ValueError: another table or capacity.
+            RuntimeError: the table is read or written meanwhile.
+        """
+        part, dim = self._part(table), self._layout.tables[table].dim
+        more = capacity - self.table.capacities[part]
+        (end,) = (one.end for one in self._own_ranges() if one.table == table)
+        self.table.grow(capacity, part)
+        weight, moment = self.weights[str(dim)], self.get_buffer(f"moment_{dim}")
+        with torch.no_grad():
+            weight.grad = None
+            weight.data = _widened(weight.data, end, more)
+            self._draw(weight[end : end + more], table, generator)
+            if len(moment):
+                moment.data = _widened(moment, end, more)
+            self._place()
+
+    def get_extra_state(self) -> Tensor:
+        """What the lookup was made for, as the bytes of a JSON text."""
+        text = json.dumps(self._layout.described())
+        return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Nothing: what differs was refused before anything was loaded."""
+
+    def extra_repr(self) -> str:
+        """Name the tables, how many features there are, and what becomes of the gradient."""
+        tables = ", ".join(
+            f"{name}: {capacity} x {self._layout.tables[name].dim}" for name, capacity in self.capacities.items()
+        )
+        return f"tables={{{tables}}}, num_features={len(self._layout.features)}, gradient={self.gradient!r}"
+
+    def _look_up(self, group: Group) -> Tensor:
+        weight, rows = self.weights[str(group.dim)], lookup_rows(group.ids, self.table.slots, group.places)
+        if self.gradient in _OPTIMIZERS:
+            moment = self.get_buffer(f"moment_{group.dim}")
+            found = gather_and_train(weight, moment, self.learning_rate, self.anchor, rows)
+            return found if group.offsets is None else pool(found, group.offsets, group.kind)
+        sparse = self.gradient == "sparse"
+        if group.offsets is None:
+            return functional.embedding(rows, weight, sparse=sparse)
+        return functional.embedding_bag(
+            rows, weight, group.offsets, mode=group.kind, sparse=sparse, include_last_offset=True
+        )
+
+    def _part(self, table: str) -> int:
+        _checks.choice("table", table, self._layout.tables.keys())
+        return self._layout.order.index(table)
+
+    def _own_ranges(self) -> list[Range]:
+        """The rows of the weights that are each table's, by the parts of the id table."""
+        return [one for one in self._layout.ranges(self.table.capacities) if one.feature is None]
+
+    def _place(self) -> None:
+        self.places.copy_(torch.tensor(self._layout.places(self.table.capacities)))
+
+    def _begin(self, one: Range, rows: Tensor, generator: torch.Generator | None) -> None:
+        """Draw the weights of rows that are given anew."""
+        weight, moment = self.weights[str(one.dim)], self.get_buffer(f"moment_{one.dim}")
+        with torch.no_grad():
+            weight[rows] = self._draw(weight.new_empty(len(rows), one.dim), one.table, generator)
+            if len(moment):
+                moment[rows] = 0
+
+    def _draw(self, weight: Tensor, table: str, generator: torch.Generator | None) -> Tensor:
+        bound = 1 / math.sqrt(self.table.capacities[self._part(table)])
+        return weight.uniform_(-bound, bound, generator=generator)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedEmbeddingLookup:
+        """Move, and cast the weights: sums of squares and the learning rate stay float32."""
+        names = ["learning_rate", *(f"moment_{dim}" for dim in self._layout.dims)]
+        kept = {name: self.get_buffer(name) for name in names}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, before in kept.items():
+            after = self.get_buffer(name)
+            if after.dtype != before.dtype:
+                setattr(self, name, before.to(after.device))
+        return self
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        """Take over another lookup for the same features, whatever its capacities, all of it or nothing."""
+        self._check_made_for(state_dict.get(f"{prefix}_extra_state"))
+        wanted = [prefix + name for name in self.state_dict() if not name.startswith("table.sketch")]
+        absent = [name for name in wanted if name not in state_dict]
+        if absent and len(absent) < len(wanted):
+            raise ValueError(f"state_dict must hold all of a lookup, got none of {', '.join(absent)}")
+        if not absent:
+            self._check_state(state_dict, prefix)
+            for name, tensor in (*self.weights.named_parameters(prefix="weights"), *self.named_buffers(recurse=False)):
+                if tensor.shape != state_dict[prefix + name].shape:
+                    tensor.data = torch.empty_like(state_dict[prefix + name], device=tensor.device, dtype=tensor.dtype)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _check_made_for(self, state: Tensor | None) -> None:
+        """Refuse a checkpoint of other tables or features, which may stand in another order even so."""
+        if state is not None:
+            made_for = json.loads(bytes(state.tolist()))
+            for name, own in json.loads(json.dumps(self._layout.described())).items():
+                if made_for.get(name) != own or list(made_for[name]) != list(own):
+                    raise ValueError(f"state_dict must be of a lookup with {name} {own}, got {made_for.get(name)}")
+
+    def _check_state(self, state_dict: Mapping[str, Any], prefix: str) -> None:
+        """Refuse what cannot be a lookup of these tables and features."""
+        table = {name: state_dict[f"{prefix}table.{name}"] for name in SAVED}
+        check_state(table, f"{prefix}table.", counts_uses=self.table.evicts is not None)
+        begins = table["begins"].tolist()
+        capacities = [end - begin for begin, end in itertools.pairwise(begins)]
+        if len(capacities) != len(self._layout.order):
+            raise ValueError(f"state_dict must hold {len(self._layout.order)} tables, got {len(capacities)}")
+        for dim, num_rows in self._layout.num_rows(capacities).items():
+            _checks.floating(
+                f"state_dict['{prefix}weights.{dim}']", state_dict[f"{prefix}weights.{dim}"], num_rows, dim
+            )
+            num_moments = num_rows if self.gradient == "rowwise_adagrad" else 0
+            _checks.floating(f"state_dict['{prefix}moment_{dim}']", state_dict[f"{prefix}moment_{dim}"], num_moments)
+        places = self._layout.places(capacities)
+        if state_dict[f"{prefix}places"].tolist() != places:
+            raise ValueError(f"state_dict['{prefix}places'] must be those of its tables and features, got others")
+
+
+def pool(vectors: Tensor, offsets: Tensor, mode: str) -> Tensor:
+    """Sum or mean of the (N, D) vectors of each bag, (B, D), zeros for an empty one."""
+    every = torch.arange(vectors.shape[0], device=vectors.device)
+    return functional.embedding_bag(every, vectors, offsets, mode=mode, include_last_offset=True)
+
+
+def _widened(rows: Tensor, end: int, more: int) -> Tensor:
+    """The same rows with so many more, zeros, before the one at ``end``."""
+    wide = rows.new_zeros(rows.shape[0] + more, *rows.shape[1:])
+    wide[:end], wide[end + more :] = rows[:end], rows[end:]
+    return wide

@@ -1,0 +1,464 @@
+"""The fused lookup: every feature's vectors, gradients and updates against loops, torch's embeddings and each other."""
+
+import copy
+import io
+import itertools
+
+import oracles
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn import functional
+
+import recblocks
+from recblocks import CountMinSketch, EmbeddingTable, FusedEmbeddingLookup, IdFeature
+from recblocks.embedding.fused_lookup import lookup_rows
+
+LOWEST, HIGHEST = -(2**63), 2**63 - 1
+SPECIAL = [0, -1, LOWEST, HIGHEST]
+TABLES = {"items": EmbeddingTable(40, dim=4), "users": EmbeddingTable(20, dim=2), "tags": EmbeddingTable(20, dim=4)}
+FEATURES = {
+    "item": IdFeature("items"),
+    "user": IdFeature("users", num_unseen=3),
+    "tags": IdFeature("tags", pooling="mean"),
+    "liked": IdFeature("items", pooling="sum", num_unseen=2),
+    "seen": IdFeature("items", pooling=None),
+    "place": IdFeature("users", pooling="mean"),
+}
+IDS = st.one_of(st.sampled_from(SPECIAL), st.integers(0, 9))
+
+
+def int64(values):
+    return torch.tensor(values, dtype=torch.int64)
+
+
+def jagged(bags):
+    """The ids of all bags, and where each begins."""
+    return int64([one for bag in bags for one in bag]), int64([0, *itertools.accumulate(map(len, bags))])
+
+
+def told_apart(lookup):
+    """Make every row of a width another vector, with no sum of a few like one of another few."""
+    for weight in lookup.weights.values():
+        rows = torch.arange(weight.numel(), dtype=torch.float64).view_as(weight)
+        weight.data = torch.frac(rows * 0.618033988749895).to(weight.dtype)
+    return lookup
+
+
+def vectors_of(lookup, feature, ids):
+    """Each id's vector, asked for alone."""
+    table = FEATURES[feature].table
+    part, begin = sorted(TABLES, key=lambda name: TABLES[name].dim).index(table), 0
+    begin = {"users": 4, "items": 5, "tags": 5 + TABLES["items"].capacity}[table]
+    unseen = {"item": 0, "user": 0, "tags": 1, "liked": 2, "seen": 4, "place": 3}[feature]
+    weight, first = lookup.weights[str(TABLES[table].dim)].detach(), lookup.table.begins[part]
+    found = {}
+    for one in ids:
+        row = int(lookup.table.find(int64(one), int64(part)))
+        at = row - first + begin if row >= 0 else unseen + oracles.unseen_row(one, FEATURES[feature].num_unseen)
+        found[one] = weight[at].tolist()
+    return found
+
+
+@st.composite
+def batches(draw):
+    """A batch as lists; and how the bags of "liked" are given: one id each, two each, or any number."""
+    num_rows = draw(st.integers(1, 4))
+    shape = draw(st.sampled_from([1, 2, None]))
+
+    def rows_of(least, most):
+        return draw(st.lists(st.lists(IDS, min_size=least, max_size=most), min_size=num_rows, max_size=num_rows))
+
+    batch = {name: rows_of(1, 1) for name in ("item", "user", "place")}
+    batch["tags"] = rows_of(0, 4)
+    batch["liked"] = rows_of(0, 4) if shape is None else rows_of(shape, shape)
+    batch["seen"] = draw(st.lists(st.lists(IDS, min_size=3, max_size=3), max_size=3))
+    return {name: batch[name] for name in FEATURES}, shape
+
+
+def tensors(batch, shape):
+    liked = jagged(batch["liked"]) if shape is None else int64(batch["liked"])
+    return {
+        "place": int64(batch["place"]).flatten(),
+        "item": int64(batch["item"]).flatten(),
+        "user": int64(batch["user"]),
+        "tags": jagged(batch["tags"]),
+        "liked": liked.flatten() if shape == 1 else liked,
+        "seen": int64(batch["seen"]).view(-1, 3),
+    }
+
+
+def make(gradient="dense", **options):
+    generator = torch.Generator().manual_seed(0)
+    return FusedEmbeddingLookup(TABLES, FEATURES, gradient=gradient, generator=generator, **options)
+
+
+# --- what it answers ---
+
+
+@given(drawn=batches(), known=batches(), gradient=st.sampled_from(["dense", "rowwise_adagrad"]))
+def test_any_batch_gives_what_a_loop_over_its_ids_gives(drawn, known, gradient):
+    batch, shape = drawn
+    lookup = make(gradient)
+    lookup.insert(tensors(*known))
+    told_apart(lookup)
+    got = lookup(tensors(batch, shape))
+    assert list(got.by_feature) == list(FEATURES)
+    for name, one in FEATURES.items():
+        bags = batch[name]
+        vectors = vectors_of(lookup, name, {0, *(each for bag in bags for each in bag)})
+        if one.pooling is None:
+            want = torch.tensor([[vectors[each] for each in row] for row in bags]).view(-1, 3, 4)
+        else:
+            want = torch.tensor(oracles.pooled_bags(vectors, bags, one.pooling), dtype=torch.float32)
+        # A sum of up to four numbers below 1 rounds three times, a mean once more: four times 2**-24 of at most 4.
+        torch.testing.assert_close(got.by_feature[name], want, rtol=0, atol=1e-6)
+    pooled = [got.by_feature[name] for name in FEATURES if name != "seen"]
+    assert torch.equal(got.pooled, torch.cat(pooled, 1))
+
+
+def simple(num_features=3, capacity=50, dim=4, num_unseen=1, **options):
+    tables = {f"table {number}": EmbeddingTable(capacity, dim) for number in range(num_features)}
+    features = {f"id {number}": IdFeature(f"table {number}", num_unseen=num_unseen) for number in range(num_features)}
+    return FusedEmbeddingLookup(tables, features, generator=torch.Generator().manual_seed(0), **options)
+
+
+def columns(ids):
+    return {f"id {number}": column for number, column in enumerate(ids.unbind(1))}
+
+
+def test_the_same_id_of_two_tables_is_two_ids_and_of_one_table_one():
+    lookup = make()
+    one = int64([7])
+    batch = dict.fromkeys(FEATURES, one)
+    assert lookup.insert(batch) == {"items": 1, "users": 1, "tags": 1}
+    assert lookup.num_ids == {"items": 1, "users": 1, "tags": 1}
+    found = lookup(batch).by_feature
+    assert torch.equal(found["item"], found["liked"])
+    assert torch.equal(found["item"], found["seen"])
+    assert not torch.equal(found["item"], found["tags"])
+
+
+def test_unseen_ids_get_rows_of_their_feature_alone_and_the_same_ones_whatever_the_table_does():
+    lookup = simple(num_unseen=5)
+    ids = torch.randint(LOWEST, HIGHEST, (2000, 3), generator=torch.Generator().manual_seed(1))
+    before = lookup(columns(ids))
+    different = [len(vectors.unique(dim=0)) for vectors in before.by_feature.values()]
+    assert different == [5, 5, 5]
+    assert len(torch.cat(list(before.by_feature.values())).unique(dim=0)) == 15
+    lookup.insert(columns(torch.arange(150).view(50, 3)))
+    lookup.grow("table 1", 400)
+    assert torch.equal(lookup(columns(ids)).pooled, before.pooled)
+
+
+def test_no_row_is_another_id_s():
+    lookup = simple(num_features=5, capacity=400)
+    ids = torch.randint(LOWEST, HIGHEST, (400, 5), generator=torch.Generator().manual_seed(1))
+    assert lookup.insert(columns(ids)) == {f"table {number}": 400 for number in range(5)}
+    found = torch.cat(list(lookup(columns(ids)).by_feature.values()))
+    assert len(found.unique(dim=0)) == 2000
+    assert torch.equal(lookup(columns(ids.flip(0))).pooled, lookup(columns(ids)).pooled.flip(0))
+
+
+def test_a_new_id_begins_with_weights_that_no_other_had():
+    lookup = simple(num_features=1, capacity=2, gradient="rowwise_adagrad", evict="least_used")
+    generator = torch.Generator().manual_seed(5)
+    lookup.insert(columns(int64([[1], [2], [2]])))
+    old = lookup(columns(int64([[1], [2]]))).pooled
+    old.sum().backward()
+    old = lookup(columns(int64([[1], [2]]))).pooled.detach()
+    assert (lookup.moment_4 > 0).sum() == 2
+    assert lookup.insert(columns(int64([[3]])), generator=generator) == {"table 0": 1}
+    new = lookup(columns(int64([[3], [2], [1]]))).pooled
+    assert not torch.isin(new[0], old).any()
+    assert (new[0].abs() <= 2**-0.5).all()
+    assert torch.equal(new[1], old[1])
+    assert not torch.equal(new[2], old[0])
+    assert (lookup.moment_4 > 0).sum() == 1
+
+
+def test_growth_erasure_and_eviction_leave_every_other_vector_where_it_was():
+    lookup = make("rowwise_adagrad", evict="least_used")
+    batch = {name: torch.arange(12) for name in FEATURES}
+    lookup.insert(batch)
+    lookup(batch).pooled.sum().backward()
+    want, moments = lookup(batch), {dim: lookup.get_buffer(f"moment_{dim}").sum() for dim in (2, 4)}
+    assert lookup.capacities == {"items": 40, "users": 20, "tags": 20}
+    for table, capacity in (("users", 30), ("items", 90), ("tags", 21), ("items", 90)):
+        lookup.grow(table, capacity)
+        assert lookup.capacities[table] == capacity
+        assert torch.equal(lookup(batch).pooled, want.pooled)
+        assert torch.equal(lookup(batch).by_feature["seen"], want.by_feature["seen"])
+    for dim, moment in moments.items():
+        assert torch.equal(lookup.get_buffer(f"moment_{dim}").sum(), moment)
+        assert len(lookup.get_buffer(f"moment_{dim}")) == len(lookup.weights[str(dim)])
+    assert lookup.erase("items", int64([3, 3, 99])) == 1
+    lookup.insert({name: torch.arange(1, 12) for name in FEATURES if name != "x"} | {"tags": torch.arange(11)})
+    assert lookup.evict("users", 1).tolist() == [0]
+    kept = torch.tensor([each for each in range(12) if each not in (0, 3, 11)])
+    same = {name: torch.where(torch.isin(batch[name], kept), batch[name], 5) for name in FEATURES}
+    got = lookup(same).pooled
+    assert torch.equal(got[kept], want.pooled[kept])
+    assert lookup.num_ids == {"items": 12, "users": 11, "tags": 12}
+
+
+def test_ids_are_admitted_when_they_were_seen_often_enough():
+    lookup = simple(num_features=2, admit_after=2, sketch=CountMinSketch(500, 4))
+    once = columns(int64([[1, 2]]))
+    assert lookup.insert(once) == {"table 0": 0, "table 1": 0}
+    assert lookup.insert(columns(int64([[2, 2]]))) == {"table 0": 0, "table 1": 1}
+    assert lookup.insert(once) == {"table 0": 1, "table 1": 0}
+
+
+# --- how it trains ---
+
+
+def bags_of_all(num_rows=6):
+    generator = torch.Generator().manual_seed(2)
+    lengths = torch.randint(4, (2, num_rows), generator=generator)
+    ids = [torch.randint(9, (int(their.sum()),), generator=generator) for their in lengths]
+    bags = [(each, functional.pad(their.cumsum(0), (1, 0))) for each, their in zip(ids, lengths, strict=True)]
+    rest = torch.randint(9, (4, num_rows), generator=generator)
+    return {
+        "item": rest[0],
+        "user": rest[1],
+        "tags": bags[0],
+        "liked": bags[1],
+        "seen": rest[2:].view(2, -1, 2),
+        "place": rest[3],
+    }
+
+
+def loss_of(vectors):
+    """A loss that gives every number of every vector a gradient of its own."""
+    every = torch.cat([vectors.pooled.flatten(), vectors.by_feature["seen"].flatten()])
+    return (every * torch.linspace(-1, 1, len(every))).sum() + every.square().sum()
+
+
+def apart(lookup, batch):
+    """The same vectors from torch's own embeddings, a feature at a time; and copies of the weights that they read."""
+    weights = {name: weight.detach().clone().requires_grad_() for name, weight in lookup.weights.items()}
+    found = {}
+    for number, (name, one) in enumerate(FEATURES.items()):
+        weight, given_ = weights[str(TABLES[one.table].dim)], batch[name]
+        ids, offsets = given_ if isinstance(given_, tuple) else (given_, None)
+        rows = lookup_rows(ids, lookup.table.slots, lookup.places[:, number])
+        if one.pooling is None:
+            found[name] = functional.embedding(rows, weight)
+        else:
+            offsets = torch.arange(len(ids) + 1) if offsets is None else offsets
+            found[name] = functional.embedding_bag(rows, weight, offsets, mode=one.pooling, include_last_offset=True)
+    pooled = torch.cat([found[name] for name in FEATURES if name != "seen"], 1)
+    return recblocks.Vectors(pooled, found), weights
+
+
+@pytest.mark.parametrize("gradient", ["dense", "sparse"])
+def test_gradients_are_those_of_torch_s_embeddings(gradient):
+    lookup, batch = make(gradient), bags_of_all()
+    lookup.insert(batch)
+    vectors, weights = apart(lookup, batch)
+    loss_of(lookup(batch)).backward()
+    loss_of(vectors).backward()
+    for name, weight in lookup.weights.items():
+        assert weight.grad.is_sparse is (gradient == "sparse")
+        # Up to twenty places of one row are added in another order: twenty roundings of numbers below 4.
+        torch.testing.assert_close(weight.grad.to_dense(), weights[name].grad, rtol=0, atol=5e-6)
+
+
+@pytest.mark.parametrize("gradient", ["sgd", "rowwise_adagrad"])
+def test_a_hundred_steps_are_those_of_a_scalar_oracle(gradient):
+    lookup = simple(num_features=2, capacity=6, dim=3, gradient=gradient, learning_rate=0.05)
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(8, (100, 5, 2), generator=generator)  # of eight ids two never get a row
+    lookup.insert(columns(torch.arange(6)[:, None].expand(6, 2)))
+    weight = lookup.weights["3"].detach().double().tolist()
+    targets = torch.randn(100, 5, 6, generator=generator)
+    steps = []
+    for each, target in zip(ids, targets, strict=True):
+        lookup.learning_rate.fill_(0.05)
+        (lookup(columns(each)).pooled * target).sum().backward()
+        rows = [lookup_rows(each[:, number], lookup.table.slots, lookup.places[:, number]) for number in range(2)]
+        pairs = zip(torch.cat(rows).tolist(), torch.cat(target.double().chunk(2, 1)).tolist(), strict=True)
+        steps.append(list(pairs))
+    want, moment = oracles.train_rows(weight, [0.0] * len(weight), steps, 0.05, gradient == "rowwise_adagrad")
+    # A hundred updates of numbers below 4, each rounded to 2**-24 of itself a few times.
+    torch.testing.assert_close(lookup.weights["3"].detach().double(), torch.tensor(want).double(), rtol=0, atol=1e-4)
+    if gradient == "rowwise_adagrad":
+        torch.testing.assert_close(lookup.moment_3.double(), torch.tensor(moment).double(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("gradient", ["sgd", "rowwise_adagrad"])
+def test_an_update_touches_the_rows_that_were_seen_and_no_other(gradient):
+    lookup, batch = make(gradient, learning_rate=0.5), bags_of_all()
+    lookup.insert({name: torch.arange(15) for name in FEATURES})
+    before = {name: weight.detach().clone() for name, weight in lookup.weights.items()}
+    vectors, weights = apart(lookup, batch)
+    loss_of(vectors).backward()
+    loss_of(lookup(batch)).backward()
+    for name, weight in lookup.weights.items():
+        seen = weights[name].grad.any(1)
+        assert 0 < seen.sum() < len(seen)
+        assert torch.equal((weight != before[name]).any(1), seen)
+        assert weight.grad is None
+    assert torch.equal(lookup.anchor.grad, torch.zeros(0))
+
+
+def test_two_lookups_before_a_backward_are_two_updates():
+    lookup = simple(num_features=1, gradient="sgd", learning_rate=0.5)
+    lookup.insert(columns(int64([[1]])))
+    before = lookup(columns(int64([[1]]))).pooled.detach()
+    first, second = (lookup(columns(int64([[1]]))).pooled.sum() for _ in range(2))
+    (first + 2 * second).backward()
+    torch.testing.assert_close(lookup(columns(int64([[1]]))).pooled, before - 1.5)
+
+
+def test_an_empty_batch_changes_nothing():
+    lookup = make("rowwise_adagrad")
+    before = copy.deepcopy(lookup.state_dict())
+    batch = {name: int64([]) for name in FEATURES}
+    assert lookup.insert(batch) == {"items": 0, "users": 0, "tags": 0}
+    vectors = lookup(batch)
+    assert vectors.pooled.shape == (0, 16)
+    vectors.pooled.sum().backward()
+    assert all(torch.equal(one, before[name]) for name, one in lookup.state_dict().items() if "numbers" not in name)
+
+
+def test_a_cast_keeps_sums_and_learning_rate_in_float32():
+    lookup = simple(num_features=1, gradient="rowwise_adagrad", learning_rate=0.1).to(torch.bfloat16)
+    assert lookup.weights["4"].dtype == torch.bfloat16
+    assert lookup.moment_4.dtype == lookup.learning_rate.dtype == torch.float32
+    assert lookup.learning_rate == torch.tensor(0.1)
+
+
+# --- checkpoints ---
+
+
+def test_a_checkpoint_takes_the_lookup_s_place_whatever_their_capacities():
+    lookup, other, batch = make("rowwise_adagrad"), make("rowwise_adagrad"), bags_of_all()
+    lookup.grow("items", 100)
+    lookup.insert(batch)
+    loss_of(lookup(batch)).backward()
+    file = io.BytesIO()
+    torch.save(lookup.state_dict(), file)
+    for assign in (False, True):
+        file.seek(0)
+        other.load_state_dict(torch.load(file, weights_only=True), assign=assign)
+        assert other.capacities == lookup.capacities
+        assert torch.equal(other(batch).pooled, lookup(batch).pooled)
+        assert torch.equal(other.moment_4, lookup.moment_4)
+        other.insert({name: torch.arange(100, 110) for name in FEATURES})
+        other = make("rowwise_adagrad")
+    nested = torch.nn.Sequential(make("rowwise_adagrad"))
+    nested.load_state_dict(torch.nn.Sequential(lookup).state_dict())
+    assert torch.equal(nested[0](batch).pooled, lookup(batch).pooled)
+
+
+def test_a_checkpoint_of_another_layout_or_width_is_refused_and_nothing_is_loaded():
+    lookup, batch = make(), bags_of_all()
+    lookup.insert(batch)
+    want = lookup(batch).pooled
+    wider = {**TABLES, "users": EmbeddingTable(20, dim=3)}
+    other_order = {name: FEATURES[name] for name in reversed(FEATURES)}
+    others = {
+        "a lookup with dims": FusedEmbeddingLookup(wider, FEATURES),
+        "a lookup with features": FusedEmbeddingLookup(TABLES, other_order),
+    }
+    for message, other in others.items():
+        with pytest.raises(ValueError, match=message):
+            lookup.load_state_dict(other.state_dict())
+    state = make().state_dict()
+    spoiled = {
+        "weights.4": state["weights.4"][:-1],
+        "moment_4": torch.zeros(3),
+        "places": state["places"] + 1,
+        "table.keys": state["table.keys"][:-1],
+        "table.begins": state["table.begins"][[0, 3]],
+    }
+    for name, value in spoiled.items():
+        with pytest.raises(ValueError, match="state_dict"):
+            lookup.load_state_dict({**state, name: value})
+        with pytest.raises(ValueError, match="state_dict must hold all of a lookup, got none of"):
+            lookup.load_state_dict({key: value for key, value in state.items() if key != name}, strict=False)
+    assert torch.equal(lookup(batch).pooled, want)
+    with pytest.raises(RuntimeError, match="Missing key"):
+        lookup.load_state_dict({})
+
+
+# --- what bad input gets ---
+
+
+def test_bad_arguments_are_named():
+    for tables, features, message in (
+        ({}, FEATURES, "must be one of"),
+        (TABLES, {}, "features must name at least one"),
+        (TABLES, {"item": IdFeature("item")}, r"features\['item'\]\.table must be one of 'items', 'users', 'tags'"),
+        (TABLES, {"item": IdFeature("items", pooling="max")}, r"features\['item'\]\.pooling must be one of"),
+        (TABLES, {"item": IdFeature("items", num_unseen=0)}, r"features\['item'\]\.num_unseen must be from 1"),
+        ({"items": EmbeddingTable(0, 4)}, FEATURES, r"tables\['items'\]\.capacity must be from 1"),
+        ({"items": EmbeddingTable(4, 0)}, FEATURES, r"tables\['items'\]\.dim must be from 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            FusedEmbeddingLookup(tables, features)
+    with pytest.raises(ValueError, match="gradient must be one of"):
+        FusedEmbeddingLookup(TABLES, FEATURES, gradient="adam")
+    with pytest.raises(ValueError, match="learning_rate must be finite and at least 0"):
+        FusedEmbeddingLookup(TABLES, FEATURES, learning_rate=-1.0)
+    lookup = make()
+    for call in (
+        lambda: lookup.grow("item", 90),
+        lambda: lookup.evict("item", 0),
+        lambda: lookup.erase("item", int64([])),
+    ):
+        with pytest.raises(ValueError, match="table must be one of 'items', 'users', 'tags', got 'item'"):
+            call()
+    with pytest.raises(TypeError, match="ids must be int64"):
+        lookup.erase("items", torch.zeros(1))
+
+
+BAD = {
+    "a missing feature": ("item", None, ValueError, r"features must be those of the lookup, got none of \['item'\]"),
+    "an unknown feature": ("x", int64([1]), ValueError, r"got none of \[\] and unknown \['x'\]"),
+    "another dtype": ("item", torch.zeros(6), TypeError, r"features\['item'\] must be int64, got a float32"),
+    "a list": ("item", [1] * 6, TypeError, r"features\['item'\] must be"),
+    "three dimensions": ("item", int64([[[1]]]), ValueError, r"features\['item'\] must have shape \(B\) or \(B, L\)"),
+    "other rows": ("item", int64([1]), ValueError, "same number of rows, got 6 for 'user' and 1 for 'item'"),
+    "an offset that runs backwards": (
+        "tags",
+        (int64([1, 2]), int64([0, 2, 1, 2, 2, 2, 2])),
+        ValueError,
+        r"features\['tags'\]\[1\] must never descend",
+    ),
+    "a bag that reaches past its ids": (
+        "tags",
+        (int64([1, 2]), int64([0, 1, 1, 1, 1, 1, 3])),
+        ValueError,
+        r"features\['tags'\]\[1\] must run from 0 to 2",
+    ),
+    "offsets of a feature without bags": (
+        "seen",
+        (int64([1]), int64([0, 1])),
+        ValueError,
+        r"features\['seen'\] must be ids alone where they are not pooled",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_features_are_named_and_nothing_is_inserted(case):
+    name, value, error, message = BAD[case]
+    lookup, batch = make(), bags_of_all()
+    batch = {key: each for key, each in batch.items() if key != name or value is not None}
+    batch.update({} if value is None else {name: value})
+    for call in (lookup, lookup.insert):
+        with pytest.raises(error, match=message):
+            call(batch)
+    assert sum(lookup.num_ids.values()) == 0
+
+
+def test_more_ids_than_rows_are_an_error_and_none_is_inserted():
+    lookup = make()
+    before = copy.deepcopy(lookup.state_dict())
+    with pytest.raises(ValueError, match="must be at most 20 new ones, which are the rows that can be given, got 21"):
+        lookup.insert({name: torch.arange(21) for name in FEATURES})
+    assert all(torch.equal(one, before[name]) for name, one in lookup.state_dict().items())
