@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -15,7 +15,7 @@ from torch.nn import Parameter, functional
 
 from recblocks import _checks
 from recblocks._hashing import FIRST, GOLDEN, LOW_32, mix, signed
-from recblocks.embedding._buckets import Slots, find_rows
+from recblocks.embedding._buckets import Slots, find
 from recblocks.embedding._id_table_state import SAVED, check_state
 from recblocks.embedding._layout import EmbeddingTable, Group, IdFeature, Ids, Layout, Range, Vectors
 from recblocks.embedding._row_updates import gather_and_train
@@ -49,7 +49,7 @@ def lookup_rows(ids: Tensor, slots: Slots, places: Tensor) -> Tensor:
         tensor([2, 0, 1])
     """
     part, shift, first, num_unseen = places.unbind()
-    rows = find_rows(ids, slots, None if slots.begins.shape[0] == 2 else part)
+    rows = find(ids, slots, None if slots.begins.shape[0] == 2 else part)
     unseen = ((mix(ids, signed(GOLDEN)) * signed(FIRST) >> 32) & LOW_32) * num_unseen >> 32
     return torch.where(rows < 0, first + unseen, rows + shift)
 
@@ -186,7 +186,9 @@ class FusedEmbeddingLookup(nn.Module):
         compiling = torch.compiler.is_compiling()
         with contextlib.nullcontext() if compiling else self.table.reading("a lookup"):
             groups = self._layout.groups(features, self.places)
-            return self._layout.vectors(groups, [self._look_up(group) for group in groups])
+            rows = self._rows(groups)
+            found = [self._vectors(group, their) for group, their in zip(groups, rows, strict=True)]
+            return self._layout.vectors(groups, found)
 
     def insert(self, features: Mapping[str, Ids], *, generator: torch.Generator | None = None) -> dict[str, int]:
         """Give the ids that have no row one, in their feature's table, and draw its weights; a failed call gives none.
@@ -206,12 +208,9 @@ class FusedEmbeddingLookup(nn.Module):
         ids = torch.cat([group.ids.flatten() for group in groups])
         parts = torch.cat([group.places[0].expand_as(group.ids).flatten() for group in groups])
         begun = self.table.insert(ids, parts).begun
-        counts: dict[str, int] = {}
-        for part, one in enumerate(self._own_ranges()):
-            first, last = self.table.begins[part], self.table.begins[part + 1]
-            rows = begun[(begun >= first) & (begun < last)] - first + one.begin
-            self._begin(one, rows, generator)
-            counts[one.table] = len(rows)
+        nums = torch.searchsorted(begun, self.table.begins).diff()
+        self._begin(begun, nums, generator)
+        counts = dict(zip(self._layout.order, nums.tolist(), strict=True))
         return {name: counts[name] for name in self._layout.tables}
 
     def erase(self, table: str, ids: Tensor) -> int:
@@ -277,8 +276,19 @@ class FusedEmbeddingLookup(nn.Module):
         )
         return f"tables={{{tables}}}, num_features={len(self._layout.features)}, gradient={self.gradient!r}"
 
-    def _look_up(self, group: Group) -> Tensor:
-        weight, rows = self.weights[str(group.dim)], lookup_rows(group.ids, self.table.slots, group.places)
+    def _rows(self, groups: Sequence[Group]) -> Sequence[Tensor]:
+        """The rows of all ids, which are looked for in one go."""
+        if len(groups) == 1:
+            return [lookup_rows(groups[0].ids, self.table.slots, groups[0].places)]
+        ids = [group.ids.flatten() for group in groups]
+        places = [group.places.view(4, *[1] * (group.ids.ndim + 1 - group.places.ndim), -1) for group in groups]
+        places = [one.expand(4, *group.ids.shape).flatten(1) for one, group in zip(places, groups, strict=True)]
+        rows = lookup_rows(torch.cat(ids), self.table.slots, torch.cat(places, 1))
+        pieces = torch.split(rows, [one.shape[0] for one in ids])
+        return [piece.view(group.ids.shape) for piece, group in zip(pieces, groups, strict=True)]
+
+    def _vectors(self, group: Group, rows: Tensor) -> Tensor:
+        weight = self.weights[str(group.dim)]
         if self.gradient in _OPTIMIZERS:
             moment = self.get_buffer(f"moment_{group.dim}")
             found = gather_and_train(weight, moment, self.learning_rate, self.anchor, rows)
@@ -301,13 +311,19 @@ class FusedEmbeddingLookup(nn.Module):
     def _place(self) -> None:
         self.places.copy_(torch.tensor(self._layout.places(self.table.capacities)))
 
-    def _begin(self, one: Range, rows: Tensor, generator: torch.Generator | None) -> None:
-        """Draw the weights of rows that are given anew."""
-        weight, moment = self.weights[str(one.dim)], self.get_buffer(f"moment_{one.dim}")
-        with torch.no_grad():
-            weight[rows] = self._draw(weight.new_empty(len(rows), one.dim), one.table, generator)
-            if len(moment):
-                moment[rows] = 0
+    def _begin(self, rows: Tensor, nums: Tensor, generator: torch.Generator | None) -> None:
+        """Draw the weights of rows of the id table that are given anew, ascending, so many of each part."""
+        bounds = nums.new_tensor(self.table.capacities, dtype=torch.float32).rsqrt().repeat_interleave(nums)
+        for dim, parts in itertools.groupby(enumerate(self._own_ranges()), key=lambda pair: pair[1].dim):
+            (first, one), *_ = behind = list(parts)
+            begin, end = int(nums[:first].sum()), int(nums[: first + len(behind)].sum())
+            at = rows[begin:end] - self.table.begins[first] + one.begin
+            weight, moment = self.weights[str(dim)], self.get_buffer(f"moment_{dim}")
+            with torch.no_grad():
+                drawn = weight.new_empty(len(at), dim).uniform_(-1, 1, generator=generator)
+                weight[at] = drawn * bounds[begin:end, None].to(weight.dtype)
+                if len(moment):
+                    moment[at] = 0
 
     def _draw(self, weight: Tensor, table: str, generator: torch.Generator | None) -> Tensor:
         bound = 1 / math.sqrt(self.table.capacities[self._part(table)])

@@ -172,17 +172,9 @@ class IdTable(nn.Module):
         """
         part = self._check_ids(ids, part)
         if torch.compiler.is_compiling():
-            return _buckets.find_rows(ids, self.slots, part)
+            return _buckets.find(ids, self.slots, part)
         with self.reading("find"):
-            if not _checks.readable(ids):
-                return _buckets.find_rows(ids, self.slots, part)
-            chunks = torch.split(ids.flatten(), _buckets.CHUNK)
-            if part is None:
-                found = [self._find_most_in_first(some) for some in chunks]
-            else:
-                parts = torch.split(part.expand(ids.shape).flatten(), _buckets.CHUNK)
-                found = [self._find_most_in_first(*some) for some in zip(chunks, parts, strict=True)]
-            return torch.cat(found).view(ids.shape)
+            return _buckets.find(ids, self.slots, part)
 
     def insert(self, ids: Tensor, part: Tensor | None = None) -> Inserted:
         """Find the row of each id, and give those that have none a row; a failed call changes nothing.
@@ -370,7 +362,7 @@ class IdTable(nn.Module):
     def _insert(self, changes: _buckets.Changes, ids: Tensor, part: Tensor | None) -> Inserted:
         self._refresh()
         unique, part, place, seen = _unique(ids.flatten(), None if part is None else part.expand(ids.shape).flatten())
-        rows = _buckets.find_rows(unique, self.slots, part)
+        rows = _buckets.find(unique, self.slots, part)
         salted = unique if part is None else unique + part * signed(GOLDEN)
         new = self._to_begin(salted, part, rows, place, seen)
         wanted = _count(part, new, len(self.capacities))
@@ -391,7 +383,7 @@ class IdTable(nn.Module):
 
     def _erase(self, changes: _buckets.Changes, ids: Tensor, part: Tensor | None) -> Tensor:
         self._refresh()
-        rows = _buckets.find_rows(ids, self.slots, part)
+        rows = _buckets.find(ids, self.slots, part)
         stand = rows >= 0
         part = None if part is None else part.expand(ids.shape)[stand]
         pair = torch.stack(_buckets.bucket_pair(ids[stand], self.slots, part), 1)
@@ -419,17 +411,6 @@ class IdTable(nn.Module):
         self.rows = rows
         if _buckets.num_buckets_of(self.capacity) > self.keys.shape[0]:
             self._rehash(_buckets.num_buckets_of(self.capacity), self.hashed)
-
-    def _find_most_in_first(self, ids: Tensor, part: Tensor | None = None) -> Tensor:
-        """`find_rows`, which looks into the second bucket only for what is not in the first."""
-        slots = self.slots
-        first, second = _buckets.bucket_pair(ids, slots, part)
-        found = _buckets.where_equal(ids, slots, first, part)
-        left = torch.nonzero(found < 0).squeeze(1)
-        if len(left):
-            part = None if part is None else part[left]
-            found[left] = _buckets.where_equal(ids[left], slots, second[left], part)
-        return found.long()
 
     def _to_begin(self, salted: Tensor, part: Tensor | None, rows: Tensor, place: Tensor, seen: Tensor) -> Tensor:
         """Places of the ids that get a row now, by part, and ascending by where they stand first."""
