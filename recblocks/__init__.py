@@ -1,8 +1,9 @@
 """Building blocks for recommender models; each works alone."""
 
-from recblocks.embedding._layout import EmbeddingTable, IdFeature, Vectors
+from recblocks.embedding._layout import EmbeddingTable, IdFeature, PackedIds, Vectors
 from recblocks.embedding.fused_lookup import FusedEmbeddingLookup
-from recblocks.embedding.id_table import IdTable, Inserted
+from recblocks.embedding.id_table import IdTable, Inserted, TableFull
+from recblocks.embedding.serving_lookup import ServingLookup, quantize_rows
 from recblocks.evaluation._chunks import UserMeans
 from recblocks.evaluation._pairs import unique_pairs
 from recblocks.evaluation.auc import auc, auc_bootstrap, chunk_auc, chunk_auc_per_user, paired_auc_bootstrap
@@ -121,13 +122,16 @@ __all__ = [
     "NegativePool",
     "NewestActions",
     "OutputCompression",
+    "PackedIds",
     "PerUser",
     "Promotions",
     "RNNAggregator",
     "RandomTimeWindowMask",
     "RealtimeActions",
+    "ServingLookup",
     "Simulation",
     "Source",
+    "TableFull",
     "Timelines",
     "TimelinesWriter",
     "TopK",
@@ -188,6 +192,7 @@ __all__ = [
     "positive_engagement",
     "positive_ranks",
     "protocol_ranks",
+    "quantize_rows",
     "random_time_window_mask",
     "rank_weights",
     "recall_at_k",

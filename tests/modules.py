@@ -95,6 +95,14 @@ def fused_lookup(device, dtype, gradient):
     )
 
 
+def serving_lookup(device, dtype):
+    lookup = fused_lookup(device, torch.float32, "dense")
+    lookup.reset_parameters(generator=torch.Generator().manual_seed(0))
+    if device == "cpu":
+        lookup.insert(raw_ids(jagged=False), generator=torch.Generator().manual_seed(0))
+    return recblocks.ServingLookup(lookup, dtype=dtype)
+
+
 def raw_ids(*, jagged):
     return {
         "user": torch.tensor([-(2**63), 0, 7]),
@@ -232,5 +240,13 @@ ENTRIES = [
             not jagged,
         )
         for gradient, jagged in [("dense", False), ("dense", True), ("rowwise_adagrad", False)]
+    ),
+    *(
+        Entry(
+            f"ServingLookup {dtype}",
+            lambda device, _, dtype=dtype: serving_lookup(device, dtype),
+            lambda: {"features": raw_ids(jagged=False)},
+        )
+        for dtype in (torch.float32, torch.float16, torch.int8)
     ),
 ]

@@ -13,6 +13,7 @@ from torch.nn import functional
 
 import recblocks
 from recblocks import CountMinSketch, EmbeddingTable, FusedEmbeddingLookup, IdFeature
+from recblocks.embedding import _buckets
 from recblocks.embedding.fused_lookup import lookup_rows
 
 LOWEST, HIGHEST = -(2**63), 2**63 - 1
@@ -36,6 +37,11 @@ def int64(values):
 def jagged(bags):
     """The ids of all bags, and where each begins."""
     return int64([one for bag in bags for one in bag]), int64([0, *itertools.accumulate(map(len, bags))])
+
+
+def by_feature(lookup, vectors):
+    pooled = {name: vectors.pooled[:, columns] for name, columns in lookup.columns.items()}
+    return {name: {**pooled, **vectors.unpooled}[name] for name in [*pooled, *vectors.unpooled]}
 
 
 def told_apart(lookup):
@@ -97,25 +103,25 @@ def make(gradient="dense", **options):
 # --- what it answers ---
 
 
-@given(drawn=batches(), known=batches(), gradient=st.sampled_from(["dense", "rowwise_adagrad"]))
-def test_any_batch_gives_what_a_loop_over_its_ids_gives(drawn, known, gradient):
+@given(drawn=batches(), known=batches(), gradient=st.sampled_from(["dense", "rowwise_adagrad"]), packed=st.booleans())
+def test_any_batch_gives_what_a_loop_over_its_ids_gives(drawn, known, gradient, packed):
     batch, shape = drawn
     lookup = make(gradient)
     lookup.insert(tensors(*known))
     told_apart(lookup)
-    got = lookup(tensors(batch, shape))
-    assert list(got.by_feature) == list(FEATURES)
+    vectors = lookup(lookup.pack(tensors(batch, shape)) if packed else tensors(batch, shape))
+    assert list(lookup.columns) == [name for name in FEATURES if name != "seen"]
+    got = by_feature(lookup, vectors)
+    assert vectors.pooled.shape == (len(batch["item"]), 16)
     for name, one in FEATURES.items():
         bags = batch[name]
-        vectors = vectors_of(lookup, name, {0, *(each for bag in bags for each in bag)})
+        every = vectors_of(lookup, name, {0, *(each for bag in bags for each in bag)})
         if one.pooling is None:
-            want = torch.tensor([[vectors[each] for each in row] for row in bags]).view(-1, 3, 4)
+            want = torch.tensor([[every[each] for each in row] for row in bags]).view(-1, 3, 4)
         else:
-            want = torch.tensor(oracles.pooled_bags(vectors, bags, one.pooling), dtype=torch.float32)
+            want = torch.tensor(oracles.pooled_bags(every, bags, one.pooling), dtype=torch.float32)
         # A sum of up to four numbers below 1 rounds three times, a mean once more: four times 2**-24 of at most 4.
-        torch.testing.assert_close(got.by_feature[name], want, rtol=0, atol=1e-6)
-    pooled = [got.by_feature[name] for name in FEATURES if name != "seen"]
-    assert torch.equal(got.pooled, torch.cat(pooled, 1))
+        torch.testing.assert_close(got[name], want, rtol=0, atol=1e-6)
 
 
 def simple(num_features=3, capacity=50, dim=4, num_unseen=1, **options):
@@ -134,7 +140,7 @@ def test_the_same_id_of_two_tables_is_two_ids_and_of_one_table_one():
     batch = dict.fromkeys(FEATURES, one)
     assert lookup.insert(batch) == {"items": 1, "users": 1, "tags": 1}
     assert lookup.num_ids == {"items": 1, "users": 1, "tags": 1}
-    found = lookup(batch).by_feature
+    found = by_feature(lookup, lookup(batch))
     assert torch.equal(found["item"], found["liked"])
     assert torch.equal(found["item"], found["seen"])
     assert not torch.equal(found["item"], found["tags"])
@@ -144,9 +150,9 @@ def test_unseen_ids_get_rows_of_their_feature_alone_and_the_same_ones_whatever_t
     lookup = simple(num_unseen=5)
     ids = torch.randint(LOWEST, HIGHEST, (2000, 3), generator=torch.Generator().manual_seed(1))
     before = lookup(columns(ids))
-    different = [len(vectors.unique(dim=0)) for vectors in before.by_feature.values()]
-    assert different == [5, 5, 5]
-    assert len(torch.cat(list(before.by_feature.values())).unique(dim=0)) == 15
+    every = list(by_feature(lookup, before).values())
+    assert [len(vectors.unique(dim=0)) for vectors in every] == [5, 5, 5]
+    assert len(torch.cat(every).unique(dim=0)) == 15
     lookup.insert(columns(torch.arange(150).view(50, 3)))
     lookup.grow("table 1", 400)
     assert torch.equal(lookup(columns(ids)).pooled, before.pooled)
@@ -156,7 +162,7 @@ def test_no_row_is_another_id_s():
     lookup = simple(num_features=5, capacity=400)
     ids = torch.randint(LOWEST, HIGHEST, (400, 5), generator=torch.Generator().manual_seed(1))
     assert lookup.insert(columns(ids)) == {f"table {number}": 400 for number in range(5)}
-    found = torch.cat(list(lookup(columns(ids)).by_feature.values()))
+    found = torch.cat(list(by_feature(lookup, lookup(columns(ids))).values()))
     assert len(found.unique(dim=0)) == 2000
     assert torch.equal(lookup(columns(ids.flip(0))).pooled, lookup(columns(ids)).pooled.flip(0))
 
@@ -189,7 +195,7 @@ def test_growth_erasure_and_eviction_leave_every_other_vector_where_it_was():
         lookup.grow(table, capacity)
         assert lookup.capacities[table] == capacity
         assert torch.equal(lookup(batch).pooled, want.pooled)
-        assert torch.equal(lookup(batch).by_feature["seen"], want.by_feature["seen"])
+        assert torch.equal(lookup(batch).unpooled["seen"], want.unpooled["seen"])
     for dim, moment in moments.items():
         assert torch.equal(lookup.get_buffer(f"moment_{dim}").sum(), moment)
         assert len(lookup.get_buffer(f"moment_{dim}")) == len(lookup.weights[str(dim)])
@@ -232,7 +238,7 @@ def bags_of_all(num_rows=6):
 
 def loss_of(vectors):
     """A loss that gives every number of every vector a gradient of its own."""
-    every = torch.cat([vectors.pooled.flatten(), vectors.by_feature["seen"].flatten()])
+    every = torch.cat([vectors.pooled.flatten(), vectors.unpooled["seen"].flatten()])
     return (every * torch.linspace(-1, 1, len(every))).sum() + every.square().sum()
 
 
@@ -250,7 +256,7 @@ def apart(lookup, batch):
             offsets = torch.arange(len(ids) + 1) if offsets is None else offsets
             found[name] = functional.embedding_bag(rows, weight, offsets, mode=one.pooling, include_last_offset=True)
     pooled = torch.cat([found[name] for name in FEATURES if name != "seen"], 1)
-    return recblocks.Vectors(pooled, found), weights
+    return recblocks.Vectors(pooled, {"seen": found["seen"]}), weights
 
 
 @pytest.mark.parametrize("gradient", ["dense", "sparse"])
@@ -459,6 +465,58 @@ def test_bad_features_are_named_and_nothing_is_inserted(case):
 def test_more_ids_than_rows_are_an_error_and_none_is_inserted():
     lookup = make()
     before = copy.deepcopy(lookup.state_dict())
-    with pytest.raises(ValueError, match="must be at most 20 new ones, which are the rows that can be given, got 21"):
+    message = "ids of 'users' must be at most 20 new ones, which are the rows that can be given, got 21"
+    with pytest.raises(recblocks.TableFull, match=message) as full:
         lookup.insert({name: torch.arange(21) for name in FEATURES})
+    assert (full.value.most, full.value.wanted) == (20, 21)
     assert all(torch.equal(one, before[name]) for name, one in lookup.state_dict().items())
+
+
+# --- what is compiled ---
+
+
+def random_bags(num_rows, seed):
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(5, (num_rows,), generator=generator)
+    return torch.randint(-9, 9, (int(lengths.sum()),), generator=generator), functional.pad(lengths.cumsum(0), (1, 0))
+
+
+@pytest.mark.parametrize("gradient", ["dense", "rowwise_adagrad"])
+def test_one_compiled_lookup_takes_packed_batches_of_any_size(gradient):
+    torch.compiler.reset()
+    lookup = make(gradient, evict="least_used")
+    compiled = torch.compile(lookup, backend="aot_eager", fullgraph=True, dynamic=True)
+
+    def batch(num_rows):
+        generator = torch.Generator().manual_seed(num_rows)
+        ones = {name: torch.randint(-9, 9, (num_rows,), generator=generator) for name in ("item", "user", "place")}
+        bags = {"tags": random_bags(num_rows, 1), "liked": random_bags(num_rows, 3)}
+        seen = {"seen": torch.randint(-9, 9, (num_rows, 3), generator=generator)}
+        return lookup.pack(ones | bags | seen)
+
+    compiled(batch(6))
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for num_rows in (5, 2, 9):
+            packed = batch(num_rows)
+            lookup.insert(packed)
+            got, want = compiled(packed), lookup(packed)
+            assert torch.equal(got.pooled, want.pooled)
+            assert torch.equal(got.unpooled["seen"], want.unpooled["seen"])
+            lookup.erase("items", torch.arange(-9, 0))
+
+
+@pytest.mark.parametrize("num_parts", [1, 3])
+def test_every_form_of_a_find_answers_alike(num_parts):
+    generator = torch.Generator().manual_seed(0)
+    table = recblocks.IdTable([300] * num_parts)
+    ids = torch.cat([int64(SPECIAL), torch.randint(LOWEST, HIGHEST, (292,), generator=generator)])
+    part = None if num_parts == 1 else torch.arange(num_parts)[:, None]
+    table.insert(ids.expand(num_parts, -1), part)
+    table.erase(ids[::3].expand(num_parts, -1), part)
+    asked = torch.cat([ids, ids + 1]).expand(num_parts, -1)
+    want = _buckets.find_rows(asked, table.slots, part)
+    kept = torch.ones(len(ids), dtype=torch.bool)
+    kept[::3] = False
+    assert torch.equal(want >= 0, torch.isin(asked, ids[kept]))
+    for form in (_buckets.find, _buckets._find_slot_by_slot):
+        assert torch.equal(form(asked, table.slots, part), want)

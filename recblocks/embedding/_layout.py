@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -42,24 +43,30 @@ class Vectors(NamedTuple):
 
     pooled: Tensor
     """(B, sum of the widths of the features that pool), in the order of the features; (0, 0) if none does."""
-    by_feature: dict[str, Tensor]
-    """(B, dim), a part of ``pooled``, or (..., dim) where the feature does not pool."""
+    unpooled: dict[str, Tensor]
+    """(..., dim) of each feature that does not pool."""
 
 
 class Group(NamedTuple):
-    """Features of one width that are looked up in one go."""
+    """Features of one width that are pooled alike, their ids side by side."""
 
-    dim: int
     kind: Literal["one", "each", "sum", "mean"]
-    """One id in each bag; an id each without bags; bags that are pooled."""
-    names: list[str]
-    shapes: list[torch.Size]
+    """One id in each bag; ids without bags; bags that are pooled."""
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    """Of the ids of each feature, where they are without bags."""
     ids: Tensor
     """(B, F) one in each bag, else (N,), those of a feature behind those of the one before."""
-    places: Tensor
-    """(4, ...) what `Layout.places` says of each id's feature; broadcasts against ids."""
+    feature: Tensor
+    """(F,) or (N,) the number of each id's feature."""
     offsets: Tensor | None
     """(F B + 1,) where the bags begin and the last one ends."""
+
+
+class PackedIds(NamedTuple):
+    """The ids of a batch, side by side: what `FusedEmbeddingLookup.pack` makes of the features one by one."""
+
+    groups: tuple[Group, ...]
 
 
 class Range(NamedTuple):
@@ -110,13 +117,24 @@ class Layout:
         found = [(self.order.index(one.table), shift[one.table], one.begin, one.end - one.begin) for one in unseen]
         return [list(column) for column in zip(*found, strict=True)]
 
-    def described(self) -> dict[str, Any]:
-        """What a checkpoint must agree with."""
-        features = {name: list(one) for name, one in self.features.items()}
-        return {"dims": {name: one.dim for name, one in self.tables.items()}, "features": features}
+    def described(self) -> Tensor:
+        """What a checkpoint must agree with, as the bytes of a JSON text."""
+        dims = [[name, one.dim] for name, one in self.tables.items()]
+        features = [[name, *one] for name, one in self.features.items()]
+        text = json.dumps({"dims": dims, "features": features})
+        return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
 
-    def groups(self, features: Mapping[str, Ids], places: Tensor) -> list[Group]:
-        """Lay a batch side by side: what can be looked up in one go, in one piece."""
+    def refuse_others(self, described: Tensor | None) -> None:
+        """Refuse a checkpoint of other tables or features, or of the same in another order."""
+        if described is None:
+            return
+        got = json.loads(bytes(described.tolist()))
+        for name, own in json.loads(bytes(self.described().tolist())).items():
+            if got.get(name) != own:
+                raise ValueError(f"state_dict must be of a lookup with {name} {own}, got {got.get(name)}")
+
+    def pack(self, features: Mapping[str, Ids]) -> PackedIds:
+        """Lay a batch side by side."""
         self._check(features)
         kinds: dict[tuple[int, Literal["one", "each", "sum", "mean"]], list[str]] = {}
         for name, one in self.features.items():
@@ -124,55 +142,51 @@ class Layout:
             single = isinstance(ids, Tensor) and ids.ndim == 1
             kind = "each" if one.pooling is None else "one" if single else one.pooling
             kinds.setdefault((self.dim_of[name], kind), []).append(name)
-        return [self._group(dim, kind, names, features, places) for (dim, kind), names in kinds.items()]
+        return PackedIds(tuple(self._group(kind, names, features) for (_, kind), names in kinds.items()))
 
     def vectors(self, groups: Sequence[Group], found: Sequence[Tensor]) -> Vectors:
         """Give each feature its own: (B, F, dim) of groups of one id each, (F B, dim) of bags, (N, dim) of each id."""
-        each: dict[str, Tensor] = {}
+        unpooled: dict[str, Tensor] = {}
+        pooled: dict[str, Tensor] = {}
+        whole: Tensor | None = None
         for group, their in zip(groups, found, strict=True):
-            if group.kind == "one":
-                parts = their.unbind(1)
-            elif group.kind == "each":
-                sizes = [math.prod(shape) for shape in group.shapes]
-                pieces = zip(torch.split(their, sizes), group.shapes, strict=True)
-                parts = tuple(piece.view(*shape, group.dim) for piece, shape in pieces)
+            dim = self.dim_of[group.names[0]]
+            if group.kind == "each":
+                flat = torch.split(their, [math.prod(shape) for shape in group.shapes])
+                shaped = (one.view(*shape, dim) for one, shape in zip(flat, group.shapes, strict=True))
+                unpooled.update(zip(group.names, shaped, strict=True))
+                continue
+            if group.kind != "one":
+                their = their.view(len(group.names), -1, dim).transpose(0, 1)
+            if list(group.names) == self.pooled:
+                whole = their.flatten(1)
             else:
-                parts = their.view(len(group.names), -1, group.dim).unbind(0)
-            each.update(zip(group.names, parts, strict=True))
-        if not self.pooled:
-            return Vectors(found[0].new_empty(0, 0), {name: each[name] for name in self.features})
-        whole = [their for group, their in zip(groups, found, strict=True) if group.names == self.pooled]
-        if whole and whole[0].ndim == 3:
-            pooled = whole[0].flatten(1)
-        else:
-            pooled = torch.cat([each[name] for name in self.pooled], 1)
-        each.update(zip(self.pooled, torch.split(pooled, [self.dim_of[name] for name in self.pooled], 1), strict=True))
-        return Vectors(pooled, {name: each[name] for name in self.features})
+                pooled.update(zip(group.names, their.unbind(1), strict=True))
+        if whole is None:
+            pieces = [pooled[name] for name in self.pooled]
+            whole = torch.cat(pieces, 1) if pieces else found[0].new_empty(0, 0)
+        return Vectors(whole, {name: unpooled[name] for name, one in self.features.items() if one.pooling is None})
 
     def _group(
-        self,
-        dim: int,
-        kind: Literal["one", "each", "sum", "mean"],
-        names: list[str],
-        features: Mapping[str, Ids],
-        places: Tensor,
+        self, kind: Literal["one", "each", "sum", "mean"], names: list[str], features: Mapping[str, Ids]
     ) -> Group:
         given = [_parts(features[name]) for name in names]
-        shapes = [ids.shape for ids, _ in given]
+        numbers = torch.arange(len(self.features), device=given[0][0].device)
         if len(names) < len(self.features):
-            numbers = {name: number for number, name in enumerate(self.features)}
-            places = torch.stack([places[:, numbers[name]] for name in names], 1)
+            place = {name: number for number, name in enumerate(self.features)}
+            numbers = torch.stack([numbers[place[name]] for name in names])
         if kind == "one":
-            return Group(dim, kind, names, shapes, torch.stack([ids for ids, _ in given], 1), places, None)
-        ids = torch.cat([ids.flatten() for ids, _ in given])
+            return Group(kind, tuple(names), (), torch.stack([ids for ids, _ in given], 1), numbers, None)
+        shapes = [tuple(ids.shape) for ids, _ in given]
         sizes = [math.prod(shape) for shape in shapes]
-        places = torch.cat([places[:, at : at + 1].expand(4, size) for at, size in enumerate(sizes)], 1)
-        offsets = None
-        if kind != "each":
-            begins = itertools.accumulate(sizes, initial=0)
-            bags = [begin + _offsets(*one)[:-1] for begin, one in zip(begins, given, strict=False)]
-            offsets = torch.cat([*bags, ids.new_full((1,), ids.shape[0])])
-        return Group(dim, kind, names, shapes, ids, places, offsets)
+        ids = torch.cat([ids.flatten() for ids, _ in given])
+        feature = torch.cat([number.expand(size) for number, size in zip(numbers, sizes, strict=True)])
+        if kind == "each":
+            return Group(kind, tuple(names), tuple(shapes), ids, feature, None)
+        begins = itertools.accumulate(sizes, initial=0)
+        bags = [begin + _offsets(*one)[:-1] for begin, one in zip(begins, given, strict=False)]
+        offsets = torch.cat([*bags, ids.new_full((1,), ids.shape[0])])
+        return Group(kind, tuple(names), (), ids, feature, offsets)
 
     def _check(self, features: Mapping[str, Ids]) -> None:
         if features.keys() != self.features.keys():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -17,9 +16,9 @@ from recblocks import _checks
 from recblocks._hashing import FIRST, GOLDEN, LOW_32, mix, signed
 from recblocks.embedding._buckets import Slots, find
 from recblocks.embedding._id_table_state import SAVED, check_state
-from recblocks.embedding._layout import EmbeddingTable, Group, IdFeature, Ids, Layout, Range, Vectors
+from recblocks.embedding._layout import EmbeddingTable, Group, IdFeature, Ids, Layout, PackedIds, Range, Vectors
 from recblocks.embedding._row_updates import gather_and_train
-from recblocks.embedding.id_table import IdTable
+from recblocks.embedding.id_table import IdTable, TableFull
 from recblocks.sketch import CountMinSketch
 
 _OPTIMIZERS = ("sgd", "rowwise_adagrad")
@@ -96,7 +95,7 @@ class FusedEmbeddingLookup(nn.Module):
         >>> lookup.insert(batch)
         {'item': 3, 'user': 2}
         >>> vectors = lookup(batch)
-        >>> vectors.pooled.shape, vectors.by_feature["liked"].shape
+        >>> vectors.pooled.shape, vectors.pooled[:, lookup.columns["liked"]].shape
         (torch.Size([2, 20]), torch.Size([2, 8]))
 
     Note:
@@ -129,7 +128,7 @@ class FusedEmbeddingLookup(nn.Module):
         _checks.choice("gradient", gradient, _GRADIENTS)
         _checks.number("learning_rate", learning_rate, at_least=0)
         layout = Layout(tables, features)
-        self._layout, self.gradient, self._first_learning_rate = layout, gradient, learning_rate
+        self.layout, self.gradient, self._first_learning_rate = layout, gradient, learning_rate
         capacities = [layout.tables[name].capacity for name in layout.order]
         self.table = IdTable(capacities, admit_after=admit_after, sketch=sketch, evict=evict, seed=seed, device=device)
         self.weights = nn.ParameterDict()
@@ -147,14 +146,21 @@ class FusedEmbeddingLookup(nn.Module):
     @property
     def num_ids(self) -> dict[str, int]:
         """How many ids of each table have a row."""
-        counts = dict(zip(self._layout.order, self.table.num_ids_by_part, strict=True))
-        return {name: counts[name] for name in self._layout.tables}
+        counts = dict(zip(self.layout.order, self.table.num_ids_by_part, strict=True))
+        return {name: counts[name] for name in self.layout.tables}
+
+    @property
+    def columns(self) -> dict[str, slice]:
+        """Where each feature that pools stands in the columns of the pooled vectors."""
+        ends = list(itertools.accumulate((self.layout.dim_of[name] for name in self.layout.pooled), initial=0))
+        pairs = itertools.pairwise(ends)
+        return {name: slice(*pair) for name, pair in zip(self.layout.pooled, pairs, strict=True)}
 
     @property
     def capacities(self) -> dict[str, int]:
         """How many ids of each table can have a row."""
-        capacities = dict(zip(self._layout.order, self.table.capacities, strict=True))
-        return {name: capacities[name] for name in self._layout.tables}
+        capacities = dict(zip(self.layout.order, self.table.capacities, strict=True))
+        return {name: capacities[name] for name in self.layout.tables}
 
     def reset_parameters(self, *, generator: torch.Generator | None = None) -> None:
         """Forget every id, and draw all weights."""
@@ -162,18 +168,18 @@ class FusedEmbeddingLookup(nn.Module):
         with torch.no_grad():
             self.learning_rate.fill_(self._first_learning_rate)
             self._place()
-            for one in self._layout.ranges(self.table.capacities):
+            for one in self.layout.ranges(self.table.capacities):
                 self._draw(self.weights[str(one.dim)][one.begin : one.end], one.table, generator)
-            for dim in self._layout.dims:
+            for dim in self.layout.dims:
                 self.get_buffer(f"moment_{dim}").zero_()
 
-    def forward(self, features: Mapping[str, Ids]) -> Vectors:
+    def forward(self, features: Mapping[str, Ids] | PackedIds) -> Vectors:
         """Look all features up.
 
         Args:
             features: of each feature int64 ids, and of a bag where it begins. Of one that pools: (B,) one id in each
                 bag; (B, L) bags of L; or a pair, the (N,) ids of all bags and the (B + 1,) offsets at which they begin
-                and the last one ends. Of one that does not: (...).
+                and the last one ends. Of one that does not: (...). Or what `pack` made of them.
 
         Returns:
             the vectors, in the weights' dtype; zeros for an empty bag.
@@ -185,12 +191,28 @@ class FusedEmbeddingLookup(nn.Module):
         """
         compiling = torch.compiler.is_compiling()
         with contextlib.nullcontext() if compiling else self.table.reading("a lookup"):
-            groups = self._layout.groups(features, self.places)
-            rows = self._rows(groups)
+            groups = self._groups(features)
+            rows = rows_of(groups, self.table.slots, self.places)
             found = [self._vectors(group, their) for group, their in zip(groups, rows, strict=True)]
-            return self._layout.vectors(groups, found)
+            return self.layout.vectors(groups, found)
 
-    def insert(self, features: Mapping[str, Ids], *, generator: torch.Generator | None = None) -> dict[str, int]:
+    def pack(self, features: Mapping[str, Ids]) -> PackedIds:
+        """Lay the ids of all features side by side, for what is compiled: a few tensors, and not some a feature.
+
+        Args:
+            features: as `forward` takes them.
+
+        Returns:
+            what `forward` and `insert` take as well, of this lookup or another one for the same features.
+
+        Raises:
+            TypeError, ValueError: like `forward`'s.
+        """
+        return self.layout.pack(features)
+
+    def insert(
+        self, features: Mapping[str, Ids] | PackedIds, *, generator: torch.Generator | None = None
+    ) -> dict[str, int]:
         """Give the ids that have no row one, in their feature's table, and draw its weights; a failed call gives none.
 
         Args:
@@ -201,17 +223,18 @@ class FusedEmbeddingLookup(nn.Module):
             how many new ids of each table.
 
         Raises:
-            TypeError, ValueError: like `forward`'s; or more new ids than a table has rows for.
+            TypeError, ValueError: like `forward`'s; `TableFull` for more new ids than a table has rows for.
             RuntimeError: the table is read or written meanwhile; or ids that no hash function can place.
         """
-        groups = self._layout.groups(features, self.places)
-        ids = torch.cat([group.ids.flatten() for group in groups])
-        parts = torch.cat([group.places[0].expand_as(group.ids).flatten() for group in groups])
-        begun = self.table.insert(ids, parts).begun
+        ids, feature = _side_by_side(self._groups(features))
+        try:
+            begun = self.table.insert(ids, self.places[0, feature]).begun
+        except TableFull as full:
+            raise TableFull(f" of {self.layout.order[full.part]!r}", full.most, full.wanted, full.part) from None
         nums = torch.searchsorted(begun, self.table.begins).diff()
         self._begin(begun, nums, generator)
-        counts = dict(zip(self._layout.order, nums.tolist(), strict=True))
-        return {name: counts[name] for name in self._layout.tables}
+        counts = dict(zip(self.layout.order, nums.tolist(), strict=True))
+        return {name: counts[name] for name in self.layout.tables}
 
     def erase(self, table: str, ids: Tensor) -> int:
         """Take the rows of some ids away, those without one are passed over; how many had one.
@@ -248,7 +271,7 @@ class FusedEmbeddingLookup(nn.Module):
             TypeError, ValueError: another table or capacity.
             RuntimeError: the table is read or written meanwhile.
         """
-        part, dim = self._part(table), self._layout.tables[table].dim
+        part, dim = self._part(table), self.layout.tables[table].dim
         more = capacity - self.table.capacities[part]
         (end,) = (one.end for one in self._own_ranges() if one.table == table)
         self.table.grow(capacity, part)
@@ -262,9 +285,8 @@ class FusedEmbeddingLookup(nn.Module):
             self._place()
 
     def get_extra_state(self) -> Tensor:
-        """What the lookup was made for, as the bytes of a JSON text."""
-        text = json.dumps(self._layout.described())
-        return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+        """What the lookup was made for."""
+        return self.layout.described()
 
     def set_extra_state(self, state: Tensor) -> None:
         """Nothing: what differs was refused before anything was loaded."""
@@ -272,44 +294,37 @@ class FusedEmbeddingLookup(nn.Module):
     def extra_repr(self) -> str:
         """Name the tables, how many features there are, and what becomes of the gradient."""
         tables = ", ".join(
-            f"{name}: {capacity} x {self._layout.tables[name].dim}" for name, capacity in self.capacities.items()
+            f"{name}: {capacity} x {self.layout.tables[name].dim}" for name, capacity in self.capacities.items()
         )
-        return f"tables={{{tables}}}, num_features={len(self._layout.features)}, gradient={self.gradient!r}"
+        return f"tables={{{tables}}}, num_features={len(self.layout.features)}, gradient={self.gradient!r}"
 
-    def _rows(self, groups: Sequence[Group]) -> Sequence[Tensor]:
-        """The rows of all ids, which are looked for in one go."""
-        if len(groups) == 1:
-            return [lookup_rows(groups[0].ids, self.table.slots, groups[0].places)]
-        ids = [group.ids.flatten() for group in groups]
-        places = [group.places.view(4, *[1] * (group.ids.ndim + 1 - group.places.ndim), -1) for group in groups]
-        places = [one.expand(4, *group.ids.shape).flatten(1) for one, group in zip(places, groups, strict=True)]
-        rows = lookup_rows(torch.cat(ids), self.table.slots, torch.cat(places, 1))
-        pieces = torch.split(rows, [one.shape[0] for one in ids])
-        return [piece.view(group.ids.shape) for piece, group in zip(pieces, groups, strict=True)]
+    def _groups(self, features: Mapping[str, Ids] | PackedIds) -> Sequence[Group]:
+        return (features if isinstance(features, PackedIds) else self.pack(features)).groups
 
     def _vectors(self, group: Group, rows: Tensor) -> Tensor:
-        weight = self.weights[str(group.dim)]
+        dim = self.layout.dim_of[group.names[0]]
+        weight = self.weights[str(dim)]
         if self.gradient in _OPTIMIZERS:
-            moment = self.get_buffer(f"moment_{group.dim}")
+            moment = self.get_buffer(f"moment_{dim}")
             found = gather_and_train(weight, moment, self.learning_rate, self.anchor, rows)
             return found if group.offsets is None else pool(found, group.offsets, group.kind)
         sparse = self.gradient == "sparse"
-        if group.offsets is None:
-            return functional.embedding(rows, weight, sparse=sparse)
-        return functional.embedding_bag(
-            rows, weight, group.offsets, mode=group.kind, sparse=sparse, include_last_offset=True
-        )
+        if group.offsets is not None:
+            return pool(weight, group.offsets, group.kind, rows, sparse=sparse)
+        # A bag for each id: torch reads ahead in bags, on a CPU, and takes half the time.
+        every = torch.arange(rows.numel() + 1, device=rows.device)
+        return pool(weight, every, "sum", rows.flatten(), sparse=sparse).view(*rows.shape, dim)
 
     def _part(self, table: str) -> int:
-        _checks.choice("table", table, self._layout.tables.keys())
-        return self._layout.order.index(table)
+        _checks.choice("table", table, self.layout.tables.keys())
+        return self.layout.order.index(table)
 
     def _own_ranges(self) -> list[Range]:
         """The rows of the weights that are each table's, by the parts of the id table."""
-        return [one for one in self._layout.ranges(self.table.capacities) if one.feature is None]
+        return [one for one in self.layout.ranges(self.table.capacities) if one.feature is None]
 
     def _place(self) -> None:
-        self.places.copy_(torch.tensor(self._layout.places(self.table.capacities)))
+        self.places.copy_(torch.tensor(self.layout.places(self.table.capacities)))
 
     def _begin(self, rows: Tensor, nums: Tensor, generator: torch.Generator | None) -> None:
         """Draw the weights of rows of the id table that are given anew, ascending, so many of each part."""
@@ -331,7 +346,7 @@ class FusedEmbeddingLookup(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedEmbeddingLookup:
         """Move, and cast the weights: sums of squares and the learning rate stay float32."""
-        names = ["learning_rate", *(f"moment_{dim}" for dim in self._layout.dims)]
+        names = ["learning_rate", *(f"moment_{dim}" for dim in self.layout.dims)]
         kept = {name: self.get_buffer(name) for name in names}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, before in kept.items():
@@ -342,7 +357,7 @@ class FusedEmbeddingLookup(nn.Module):
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         """Take over another lookup for the same features, whatever its capacities, all of it or nothing."""
-        self._check_made_for(state_dict.get(f"{prefix}_extra_state"))
+        self.layout.refuse_others(state_dict.get(f"{prefix}_extra_state"))
         wanted = [prefix + name for name in self.state_dict() if not name.startswith("table.sketch")]
         absent = [name for name in wanted if name not in state_dict]
         if absent and len(absent) < len(wanted):
@@ -354,37 +369,44 @@ class FusedEmbeddingLookup(nn.Module):
                     tensor.data = torch.empty_like(state_dict[prefix + name], device=tensor.device, dtype=tensor.dtype)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def _check_made_for(self, state: Tensor | None) -> None:
-        """Refuse a checkpoint of other tables or features, which may stand in another order even so."""
-        if state is not None:
-            made_for = json.loads(bytes(state.tolist()))
-            for name, own in json.loads(json.dumps(self._layout.described())).items():
-                if made_for.get(name) != own or list(made_for[name]) != list(own):
-                    raise ValueError(f"state_dict must be of a lookup with {name} {own}, got {made_for.get(name)}")
-
     def _check_state(self, state_dict: Mapping[str, Any], prefix: str) -> None:
         """Refuse what cannot be a lookup of these tables and features."""
         table = {name: state_dict[f"{prefix}table.{name}"] for name in SAVED}
         check_state(table, f"{prefix}table.", counts_uses=self.table.evicts is not None)
         begins = table["begins"].tolist()
         capacities = [end - begin for begin, end in itertools.pairwise(begins)]
-        if len(capacities) != len(self._layout.order):
-            raise ValueError(f"state_dict must hold {len(self._layout.order)} tables, got {len(capacities)}")
-        for dim, num_rows in self._layout.num_rows(capacities).items():
+        if len(capacities) != len(self.layout.order):
+            raise ValueError(f"state_dict must hold {len(self.layout.order)} tables, got {len(capacities)}")
+        for dim, num_rows in self.layout.num_rows(capacities).items():
             _checks.floating(
                 f"state_dict['{prefix}weights.{dim}']", state_dict[f"{prefix}weights.{dim}"], num_rows, dim
             )
             num_moments = num_rows if self.gradient == "rowwise_adagrad" else 0
             _checks.floating(f"state_dict['{prefix}moment_{dim}']", state_dict[f"{prefix}moment_{dim}"], num_moments)
-        places = self._layout.places(capacities)
+        places = self.layout.places(capacities)
         if state_dict[f"{prefix}places"].tolist() != places:
             raise ValueError(f"state_dict['{prefix}places'] must be those of its tables and features, got others")
 
 
-def pool(vectors: Tensor, offsets: Tensor, mode: str) -> Tensor:
-    """Sum or mean of the (N, D) vectors of each bag, (B, D), zeros for an empty one."""
-    every = torch.arange(vectors.shape[0], device=vectors.device)
-    return functional.embedding_bag(every, vectors, offsets, mode=mode, include_last_offset=True)
+def pool(weight: Tensor, offsets: Tensor, mode: str, rows: Tensor | None = None, *, sparse: bool = False) -> Tensor:
+    """Sum or mean of the rows (N,) of each bag, (B, D), zeros for an empty one; None: all rows in turn."""
+    rows = torch.arange(weight.shape[0], device=weight.device) if rows is None else rows
+    return functional.embedding_bag(rows, weight, offsets, mode=mode, sparse=sparse, include_last_offset=True)
+
+
+def rows_of(groups: Sequence[Group], slots: Slots, places: Tensor) -> Sequence[Tensor]:
+    """The rows of all ids, which are looked for in one go; places are (4, F)."""
+    if len(groups) == 1:
+        return [lookup_rows(groups[0].ids, slots, places[:, groups[0].feature])]
+    ids, feature = _side_by_side(groups)
+    pieces = torch.split(lookup_rows(ids, slots, places[:, feature]), [group.ids.numel() for group in groups])
+    return [piece.view(group.ids.shape) for piece, group in zip(pieces, groups, strict=True)]
+
+
+def _side_by_side(groups: Sequence[Group]) -> tuple[Tensor, Tensor]:
+    """All ids and the feature of each, (N,)."""
+    ids = torch.cat([group.ids.flatten() for group in groups])
+    return ids, torch.cat([group.feature.expand_as(group.ids).flatten() for group in groups])
 
 
 def _widened(rows: Tensor, end: int, more: int) -> Tensor:

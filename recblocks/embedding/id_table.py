@@ -26,6 +26,14 @@ _BEGIN = threading.Lock()
 _T = TypeVar("_T")
 
 
+class TableFull(ValueError):
+    """More new ids than there are rows for."""
+
+    def __init__(self, of: str, most: int, wanted: int, part: int) -> None:
+        super().__init__(f"ids{of} must be at most {most} new ones, which are the rows that can be given, got {wanted}")
+        self.most, self.wanted, self.part = most, wanted, part
+
+
 class Inserted(NamedTuple):
     """What `IdTable.insert` did."""
 
@@ -189,7 +197,7 @@ class IdTable(nn.Module):
             rows (...), and which rows were given.
 
         Raises:
-            TypeError, ValueError: like `find`'s; or more new ids than there are rows for.
+            TypeError, ValueError: like `find`'s; `TableFull` for more new ids than there are rows for.
             RuntimeError: the table is written meanwhile; or ids that no hash function can place.
 
         Example:
@@ -434,8 +442,7 @@ class IdTable(nn.Module):
             num_others = len(rows) if self.evicts else 0
             if num > num_others:
                 asked, of = int(wanted[part]), f" of part {part}" if len(self.capacities) > 1 else ""
-                most = f"{asked - num + num_others} new ones, which are the rows that can be given"
-                raise ValueError(f"ids{of} must be at most {most}, got {asked}")
+                raise TableFull(of, asked - num + num_others, asked, part)
             rows = rows.roll(-int(torch.searchsorted(rows, self._hands[part])))
             uses = self.uses[begin + rows]
             at_most = uses.kthvalue(num).values

@@ -1,0 +1,190 @@
+"""Raw ids of 300 features to vectors: in one go, and as one would do it without. No gradient, whole batches in turn.
+
+The ids are 64 random bits, of a Zipf distribution in each feature, one in a hundred unseen; 300 tables of 50,000 ids.
+Before anything is timed every form must give the same vectors: bit by bit, bags but for the order of their sums.
+fbgemm, where it is installed, is given rows instead of ids: what a lookup costs without hashing.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from benchmarks._timing import interleaved, table
+from recblocks import EmbeddingTable, FusedEmbeddingLookup, IdFeature
+
+NUM_FEATURES, NUM_IDS, DIM, NUM_ROWS, UNSEEN, EXPONENT = 300, 50_000, 32, 256, 0.01, 1.05
+LONGEST = 8  # a bag has 0 to 8 ids
+NUM_BATCHES = 5
+TOLERANCE = 1e-6
+NAMES = [f"feature {number}" for number in range(NUM_FEATURES)]
+
+Batch = dict[str, Tensor] | dict[str, tuple[Tensor, Tensor]]
+Form = Callable[[Batch], Tensor]
+
+
+def random_ids(*shape: int) -> Tensor:
+    return torch.randint(-(2**63), 2**63 - 1, shape)
+
+
+def draw(known: Tensor, num: int) -> Tensor:
+    """(F, num) ids of each feature."""
+    shares = 1 / torch.arange(1, NUM_IDS + 1) ** EXPONENT
+    ranks = torch.multinomial(shares, NUM_FEATURES * num, replacement=True).view(NUM_FEATURES, num)
+    unseen = torch.rand(NUM_FEATURES, num) < UNSEEN
+    return torch.where(unseen, random_ids(NUM_FEATURES, num), known.gather(1, ranks))
+
+
+def one_each(known: Tensor) -> Batch:
+    return dict(zip(NAMES, draw(known, NUM_ROWS), strict=True))
+
+
+def bags(known: Tensor) -> Batch:
+    lengths = torch.randint(LONGEST + 1, (NUM_FEATURES, NUM_ROWS))
+    ids = draw(known, NUM_ROWS * LONGEST)
+    offsets = functional.pad(lengths.cumsum(1), (1, 0))
+    return {name: (ids[at, : offsets[at, -1]], offsets[at]) for at, name in enumerate(NAMES)}
+
+
+def split(batch: Batch) -> tuple[list[Tensor], list[Tensor] | None]:
+    """The ids of each feature, and where its bags begin."""
+    first = next(iter(batch.values()))
+    if isinstance(first, Tensor):
+        return list(batch.values()), None
+    return [ids for ids, _ in batch.values()], [offsets for _, offsets in batch.values()]
+
+
+def side_by_side(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """All ids, the feature of each, and where the bags begin, those of a feature behind those of the one before."""
+    ids, offsets = split(batch)
+    sizes = torch.tensor([len(one) for one in ids])
+    feature = torch.repeat_interleave(torch.arange(NUM_FEATURES), sizes)
+    if offsets is None:
+        return torch.cat(ids), feature, torch.arange(NUM_FEATURES * NUM_ROWS + 1)
+    begins = functional.pad(sizes.cumsum(0), (1, 0))
+    whole = torch.cat([begin + one[:-1] for begin, one in zip(begins, offsets, strict=False)])
+    return torch.cat(ids), feature, functional.pad(whole, (0, 1), value=int(begins[-1]))
+
+
+def columns(vectors: Tensor) -> Tensor:
+    """(B, F D) of (F B, D)."""
+    return vectors.view(NUM_FEATURES, NUM_ROWS, DIM).transpose(0, 1).reshape(NUM_ROWS, -1)
+
+
+def a_feature_at_a_time(known: Tensor, weight: Tensor, unseen: Tensor) -> Form:
+    """Of each feature a sorted vocabulary and an embedding, whose last row is for unseen ids."""
+    vocabularies, order = known.sort()
+    weights = [torch.cat([one[at], last[None]]) for one, at, last in zip(weight, order, unseen, strict=True)]
+
+    def rows(vocabulary: Tensor, ids: Tensor) -> Tensor:
+        found = torch.searchsorted(vocabulary, ids)
+        return torch.where(vocabulary[found.clamp(max=NUM_IDS - 1)] == ids, found, NUM_IDS)
+
+    def form(batch: Batch) -> Tensor:
+        ids, offsets = split(batch)
+        found = [rows(vocabulary, one) for vocabulary, one in zip(vocabularies, ids, strict=True)]
+        if offsets is None:
+            return torch.cat([functional.embedding(*one) for one in zip(found, weights, strict=True)], 1)
+        every = zip(found, weights, offsets, strict=True)
+        return torch.cat([functional.embedding_bag(*one, mode="sum", include_last_offset=True) for one in every], 1)
+
+    return form
+
+
+def all_at_once(known: Tensor, weight: Tensor, unseen: Tensor) -> Form:
+    """One sorted vocabulary, for which no two features may have an id in common, and one embedding."""
+    vocabulary, order = known.flatten().sort()
+    whole, num_ids = torch.cat([weight.flatten(0, 1)[order], unseen]), len(vocabulary)
+
+    def form(batch: Batch) -> Tensor:
+        ids, feature, offsets = side_by_side(batch)
+        found = torch.searchsorted(vocabulary, ids)
+        rows = torch.where(vocabulary[found.clamp(max=num_ids - 1)] == ids, found, num_ids + feature)
+        if len(ids) == NUM_FEATURES * NUM_ROWS:
+            return functional.embedding(rows.view(NUM_FEATURES, NUM_ROWS).t(), whole).flatten(1)
+        return columns(functional.embedding_bag(rows, whole, offsets, mode="sum", include_last_offset=True))
+
+    return form
+
+
+def fbgemm(known: Tensor, weight: Tensor, unseen: Tensor, batches: list[Batch]) -> Form:
+    """fbgemm's tables of all features, given rows."""
+    from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation, PoolingMode
+    from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
+        ComputeDevice,
+        SplitTableBatchedEmbeddingBagsCodegen,
+    )
+
+    specs = [(NUM_IDS + 1, DIM, EmbeddingLocation.HOST, ComputeDevice.CPU)] * NUM_FEATURES
+    tables = SplitTableBatchedEmbeddingBagsCodegen(specs, pooling_mode=PoolingMode.SUM)
+    for own, one, last in zip(tables.split_embedding_weights(), weight, unseen, strict=True):
+        own[:-1], own[-1] = one, last
+    vocabularies, order = known.sort()
+    given = {}
+    for batch in batches:
+        ids, feature, offsets = side_by_side(batch)
+        rows = torch.full_like(ids, NUM_IDS)
+        for at in range(NUM_FEATURES):
+            of = feature == at
+            place = torch.searchsorted(vocabularies[at], ids[of]).clamp(max=NUM_IDS - 1)
+            rows[of] = torch.where(vocabularies[at][place] == ids[of], order[at][place], NUM_IDS)
+        given[id(batch)] = rows, offsets
+    return lambda batch: tables(*given[id(batch)])
+
+
+def require_equal(forms: dict[str, Form], batches: list[Batch], allowed: float) -> None:
+    """Exit where a form's vectors are not those of the fused lookup."""
+    for batch in batches:
+        want = forms["fused"](batch)
+        for name, form in forms.items():
+            worst = (form(batch) - want).abs().max().item()
+            if not worst <= allowed:
+                raise SystemExit(f"{name}: apart by {worst:.2g} (allowed {allowed:.2g}): not timed")
+
+
+def measure(what: str, forms: dict[str, Form], batches: list[Batch], allowed: float) -> None:
+    require_equal(forms, batches, allowed)
+    turns = {name: itertools.cycle(batches) for name in forms}
+    seconds = interleaved({name: lambda name=name: forms[name](next(turns[name])) for name in forms}, rounds=21)
+    table(
+        f"{NUM_FEATURES} features x {NUM_ROWS} rows, {what}, {NUM_FEATURES * NUM_IDS:,} rows of {DIM}, "
+        f"{UNSEEN:.0%} unseen, {torch.get_num_threads()} threads (bars: 8 ms, 5 times searchsorted)",
+        ("form", "ms", "times compiled"),
+        [(name, 1000 * value, value / seconds["fused, compiled"]) for name, value in seconds.items()],
+    )
+
+
+@torch.no_grad()  # fbgemm has no inference mode
+def main() -> None:
+    torch.manual_seed(0)
+    lookup = FusedEmbeddingLookup(
+        {name: EmbeddingTable(NUM_IDS, DIM) for name in NAMES}, {name: IdFeature(name) for name in NAMES}
+    )
+    known = random_ids(NUM_FEATURES, NUM_IDS)
+    weight = torch.empty(NUM_FEATURES, NUM_IDS, DIM)
+    for some, vectors in zip(known.split(5_000, 1), weight.split(5_000, 1), strict=True):
+        batch = dict(zip(NAMES, some, strict=True))
+        lookup.insert(batch)
+        vectors.copy_(lookup(batch).pooled.view(-1, NUM_FEATURES, DIM).transpose(0, 1))
+    unseen = lookup(dict(zip(NAMES, random_ids(NUM_FEATURES, 1), strict=True))).pooled.view(NUM_FEATURES, DIM)
+    compiled = torch.compile(lookup, fullgraph=True)
+    forms: dict[str, Form] = {
+        "fused": lambda batch: lookup(batch).pooled,
+        "fused, compiled": lambda batch: compiled(batch).pooled,
+        "searchsorted, a feature at a time": a_feature_at_a_time(known, weight, unseen),
+        "searchsorted, all at once": all_at_once(known, weight, unseen),
+    }
+    for what, draw_batch, allowed in (("one id each", one_each, 0.0), (f"0 to {LONGEST} ids each", bags, TOLERANCE)):
+        batches = [draw_batch(known) for _ in range(NUM_BATCHES)]
+        if importlib.util.find_spec("fbgemm_gpu"):
+            forms["fbgemm, given rows"] = fbgemm(known, weight, unseen, batches)
+        measure(what, forms, batches, allowed)
+
+
+if __name__ == "__main__":
+    main()
