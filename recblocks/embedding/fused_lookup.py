@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
 from typing import Any, Literal
 
 import torch
@@ -21,6 +23,8 @@ from recblocks.embedding._row_updates import gather_and_train
 from recblocks.embedding.id_table import IdTable, TableFull
 from recblocks.sketch import CountMinSketch
 
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+BACKENDS = ("auto", "reference", "triton")
 _OPTIMIZERS = ("sgd", "rowwise_adagrad")
 _GRADIENTS = ("dense", "sparse", *_OPTIMIZERS)
 
@@ -78,6 +82,7 @@ class FusedEmbeddingLookup(nn.Module):
         gradient: "dense", "sparse", "sgd" or "rowwise_adagrad".
         learning_rate: η of the last two; a schedule writes into the buffer of this name.
         admit_after: like `IdTable`'s, and so are sketch, evict and seed.
+        backend: "auto" takes Triton's kernels on CUDA, where Triton is installed, and plain torch elsewhere.
         generator: draws the first weights.
         device: where everything lives.
         dtype: the weights'.
@@ -120,11 +125,14 @@ class FusedEmbeddingLookup(nn.Module):
         sketch: CountMinSketch | None = None,
         evict: Literal["least_used"] | None = None,
         seed: int = 0,
+        backend: Literal["auto", "reference", "triton"] = "auto",
         generator: torch.Generator | None = None,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        _checks.choice("backend", backend, BACKENDS)
+        self.backend = backend
         _checks.choice("gradient", gradient, _GRADIENTS)
         _checks.number("learning_rate", learning_rate, at_least=0)
         layout = Layout(tables, features)
@@ -192,7 +200,13 @@ class FusedEmbeddingLookup(nn.Module):
         compiling = torch.compiler.is_compiling()
         with contextlib.nullcontext() if compiling else self.table.reading("a lookup"):
             groups = self._groups(features)
-            rows = rows_of(groups, self.table.slots, self.places)
+            kernel, slots = kernel_for(self.backend, self.places.device), self.table.slots
+            if kernel is not None and not torch.is_grad_enabled():
+                weights = {dim: weight.detach() for dim, weight in self.weights.items()}
+                return self.layout.vectors(
+                    groups, kernel_vectors(kernel, groups, slots, self.places, weights, {}, self.layout)
+                )
+            rows = rows_of(groups, slots, self.places, kernel)
             found = [self._vectors(group, their) for group, their in zip(groups, rows, strict=True)]
             return self.layout.vectors(groups, found)
 
@@ -394,13 +408,51 @@ def pool(weight: Tensor, offsets: Tensor, mode: str, rows: Tensor | None = None,
     return functional.embedding_bag(rows, weight, offsets, mode=mode, sparse=sparse, include_last_offset=True)
 
 
-def rows_of(groups: Sequence[Group], slots: Slots, places: Tensor) -> Sequence[Tensor]:
+def kernel_for(backend: str, device: torch.device) -> ModuleType | None:
+    """The Triton kernels, where they run, or None for plain torch."""
+    if backend == "reference" or (backend == "auto" and not (device.type == "cuda" and _HAS_TRITON)):
+        return None
+    if not _HAS_TRITON:
+        _checks.optional("triton", "pip install triton")
+    from recblocks.kernels.fused_lookup import triton
+
+    return triton
+
+
+def rows_of(
+    groups: Sequence[Group], slots: Slots, places: Tensor, kernel: ModuleType | None = None
+) -> Sequence[Tensor]:
     """The rows of all ids, which are looked for in one go; places are (4, F)."""
+
+    def look_up(ids: Tensor, feature: Tensor) -> Tensor:
+        if kernel is None:
+            return lookup_rows(ids, slots, places[:, feature])
+        found: Tensor = kernel.lookup_rows(ids, feature, places, *slots)
+        return found
+
     if len(groups) == 1:
-        return [lookup_rows(groups[0].ids, slots, places[:, groups[0].feature])]
-    ids, feature = _side_by_side(groups)
-    pieces = torch.split(lookup_rows(ids, slots, places[:, feature]), [group.ids.numel() for group in groups])
+        return [look_up(groups[0].ids, groups[0].feature)]
+    pieces = torch.split(look_up(*_side_by_side(groups)), [group.ids.numel() for group in groups])
     return [piece.view(group.ids.shape) for piece, group in zip(pieces, groups, strict=True)]
+
+
+def kernel_vectors(
+    kernel: ModuleType,
+    groups: Sequence[Group],
+    slots: Slots,
+    places: Tensor,
+    weights: Mapping[str, Tensor],
+    scales: Mapping[str, Tensor],
+    layout: Layout,
+) -> Sequence[Tensor]:
+    """What `Layout.vectors` takes, from one kernel for all features of a group; no gradient."""
+    found = []
+    for group in groups:
+        dim = str(layout.dim_of[group.names[0]])
+        scale, mean = scales.get(dim), group.kind == "mean"
+        where = group.ids, group.feature, places, *slots
+        found.append(kernel.lookup_vectors(*where, weights[dim], scale, group.offsets, mean))
+    return found
 
 
 def _side_by_side(groups: Sequence[Group]) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from recblocks import _checks
 from recblocks.embedding._buckets import Slots, hash_of
 from recblocks.embedding._layout import Group, Ids, PackedIds, Vectors
-from recblocks.embedding.fused_lookup import FusedEmbeddingLookup, pool, rows_of
+from recblocks.embedding.fused_lookup import BACKENDS, FusedEmbeddingLookup, kernel_for, kernel_vectors, pool, rows_of
 
 _DTYPES = (torch.float32, torch.float16, torch.int8)
 _LARGEST = 127
@@ -46,6 +46,7 @@ class ServingLookup(nn.Module):
     Args:
         lookup: what is served; it may go on training.
         dtype: of the rows: torch.float32, torch.float16, or torch.int8 with a scale a row, as `quantize_rows` makes.
+        backend: "auto" takes Triton's kernels on CUDA, where Triton is installed, and plain torch elsewhere.
 
     Raises:
         TypeError, ValueError: for something else.
@@ -70,8 +71,16 @@ class ServingLookup(nn.Module):
     begins: Tensor
     places: Tensor
 
-    def __init__(self, lookup: FusedEmbeddingLookup, *, dtype: torch.dtype = torch.float16) -> None:
+    def __init__(
+        self,
+        lookup: FusedEmbeddingLookup,
+        *,
+        dtype: torch.dtype = torch.float16,
+        backend: Literal["auto", "reference", "triton"] = "auto",
+    ) -> None:
         super().__init__()
+        _checks.choice("backend", backend, BACKENDS)
+        self.backend = backend
         if not isinstance(lookup, FusedEmbeddingLookup):
             raise TypeError(f"lookup must be a FusedEmbeddingLookup, got {_checks.describe(lookup)}")
         _checks.choice("dtype", dtype, _DTYPES)
@@ -94,7 +103,17 @@ class ServingLookup(nn.Module):
     def forward(self, features: Mapping[str, Ids] | PackedIds) -> Vectors:
         """Look all features up, like `FusedEmbeddingLookup.forward`."""
         groups = (features if isinstance(features, PackedIds) else self.pack(features)).groups
-        rows = rows_of(groups, Slots(self.keys, self.rows, self.hashed, self.begins), self.places)
+        slots, kernel = (
+            Slots(self.keys, self.rows, self.hashed, self.begins),
+            kernel_for(self.backend, self.keys.device),
+        )
+        if kernel is not None:
+            weights = {str(dim): self.get_buffer(f"weight_{dim}") for dim in self.layout.dims}
+            quantized = self.dtype == torch.int8
+            scales = {str(dim): self.get_buffer(f"scale_{dim}") for dim in self.layout.dims if quantized}
+            found = kernel_vectors(kernel, groups, slots, self.places, weights, scales, self.layout)
+            return self.layout.vectors(groups, found)
+        rows = rows_of(groups, slots, self.places)
         found = [self._vectors(group, their) for group, their in zip(groups, rows, strict=True)]
         return self.layout.vectors(groups, found)
 

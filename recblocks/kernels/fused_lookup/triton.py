@@ -1,0 +1,223 @@
+"""Hash, probe and gather in one Triton kernel, for all features of a width; on CUDA, or anywhere in the interpreter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from recblocks._hashing import FIRST, GOLDEN, signed
+
+BUCKET = 8
+_LOW_32 = tl.constexpr((1 << 32) - 1)
+_LOW_35 = tl.constexpr((1 << 35) - 1)
+_GOLDEN, _FIRST = tl.constexpr(signed(GOLDEN)), tl.constexpr(signed(FIRST))
+_BUCKET = tl.constexpr(BUCKET)
+_IDS = 32  # of a program, of which each looks at a cache line of keys
+
+
+@triton.jit
+def _mix(x):
+    x = x ^ ((x >> 32) & _LOW_32)
+    x = x * _FIRST
+    return x ^ ((x >> 29) & _LOW_35)
+
+
+@triton.jit
+def _row_in(bucket, ids, begin, end, mask, keys, rows):
+    """The row of each id in the bucket named, -1 where it does not stand there."""
+    at = bucket[:, None] * _BUCKET + tl.arange(0, _BUCKET)[None, :]
+    row = tl.load(rows + at, mask[:, None], -1).to(tl.int64)
+    equal = tl.load(keys + at, mask[:, None], 0) == ids[:, None]
+    stands = equal & (row >= begin[:, None]) & (row < end[:, None])
+    return tl.max(tl.where(stands, row, -1), 1)
+
+
+@triton.jit
+def _row_of(ids, feature, mask, places, num_features, keys, rows, hashed, begins, num_buckets):
+    """The row of the weight for each id; the second bucket is read only for what the first does not hold."""
+    part = tl.load(places + feature, mask, 0)
+    shift = tl.load(places + num_features + feature, mask, 0)
+    first = tl.load(places + 2 * num_features + feature, mask, 0)
+    num_unseen = tl.load(places + 3 * num_features + feature, mask, 1)
+    begin, end = tl.load(begins + part, mask, 0), tl.load(begins + part + 1, mask, 0)
+    mixed = (_mix(ids + tl.load(hashed)) + part * tl.load(hashed + 2)) * tl.load(hashed + 1)
+    found = _row_in(((mixed >> 32) & _LOW_32) * num_buckets >> 32, ids, begin, end, mask, keys, rows)
+    left = mask & (found < 0)
+    found = tl.maximum(found, _row_in((mixed & _LOW_32) * num_buckets >> 32, ids, begin, end, left, keys, rows))
+    unseen = first + (((_mix(ids + _GOLDEN) * _FIRST >> 32) & _LOW_32) * num_unseen >> 32)
+    return tl.where(found < 0, unseen, found + shift)
+
+
+@triton.jit
+def _vectors_of(row, mask, weight, scale, DIM: tl.constexpr, WIDTH: tl.constexpr, SCALED: tl.constexpr):
+    """(ids, WIDTH) float32, zeros where masked and behind the last column."""
+    column = tl.arange(0, WIDTH)
+    wanted = mask[:, None] & (column < DIM)[None, :]
+    vectors = tl.load(weight + row[:, None] * DIM + column[None, :], wanted, 0.0).to(tl.float32)
+    if SCALED:
+        vectors = vectors * tl.load(scale + row, mask, 0.0)[:, None]
+    return vectors
+
+
+@triton.jit
+def one_each(
+    ids,
+    feature,
+    places,
+    keys,
+    rows,
+    hashed,
+    begins,
+    weight,
+    scale,
+    found,
+    out,
+    num_ids,
+    num_columns,
+    num_features,
+    num_buckets,
+    DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SCALED: tl.constexpr,
+    GATHERS: tl.constexpr,
+    IDS: tl.constexpr,
+):
+    """Some ids a program: their rows, and their vectors if those are asked for."""
+    at = tl.program_id(0).to(tl.int64) * IDS + tl.arange(0, IDS)
+    mask = at < num_ids
+    numbers = tl.load(feature + at % num_columns, mask, 0)
+    asked = tl.load(ids + at, mask, 0)
+    row = _row_of(asked, numbers, mask, places, num_features, keys, rows, hashed, begins, num_buckets)
+    tl.store(found + at, row, mask)
+    if GATHERS:
+        vectors = _vectors_of(row, mask, weight, scale, DIM, WIDTH, SCALED)
+        column = tl.arange(0, WIDTH)
+        wanted = mask[:, None] & (column < DIM)[None, :]
+        tl.store(out + at[:, None] * DIM + column[None, :], vectors, wanted)
+
+
+@triton.jit
+def bags(
+    ids,
+    feature,
+    places,
+    keys,
+    rows,
+    hashed,
+    begins,
+    weight,
+    scale,
+    offsets,
+    out,
+    num_features,
+    num_buckets,
+    DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SCALED: tl.constexpr,
+    MEAN: tl.constexpr,
+    IDS: tl.constexpr,
+):
+    """One bag a program: the sum or mean of its ids' vectors."""
+    bag = tl.program_id(0).to(tl.int64)
+    start, stop = tl.load(offsets + bag), tl.load(offsets + bag + 1)
+    total = tl.zeros((WIDTH,), tl.float32)
+    begin = start
+    while begin < stop:
+        at = begin + tl.arange(0, IDS)
+        mask = at < stop
+        numbers, asked = tl.load(feature + at, mask, 0), tl.load(ids + at, mask, 0)
+        row = _row_of(asked, numbers, mask, places, num_features, keys, rows, hashed, begins, num_buckets)
+        total += tl.sum(_vectors_of(row, mask, weight, scale, DIM, WIDTH, SCALED), 0)
+        begin += IDS
+    if MEAN:
+        total = total / tl.maximum(stop - start, 1).to(tl.float32)
+    column = tl.arange(0, WIDTH)
+    tl.store(out + bag * DIM + column, total, column < DIM)
+
+
+@torch.library.custom_op("recblocks::fused_lookup_rows", mutates_args=())
+def lookup_rows(
+    ids: Tensor, feature: Tensor, places: Tensor, keys: Tensor, rows: Tensor, hashed: Tensor, begins: Tensor
+) -> Tensor:
+    """(...) the rows of the weight; like `recblocks.embedding.fused_lookup.lookup_rows` with ``places[:, feature]``."""
+    found = torch.empty(ids.shape, dtype=torch.int64, device=ids.device)
+    if ids.numel():
+        table = _contiguous(places, keys, rows, hashed, begins)
+        one_each[_grid(ids)](
+            ids.contiguous(), feature.contiguous(), *table, table[0], table[0], found, found,
+            ids.numel(), feature.numel(), places.shape[1], keys.shape[0],
+            DIM=1, WIDTH=1, SCALED=False, GATHERS=False, IDS=_IDS,
+        )  # fmt: skip
+    return found
+
+
+@torch.library.custom_op("recblocks::fused_lookup_vectors", mutates_args=())
+def lookup_vectors(
+    ids: Tensor,
+    feature: Tensor,
+    places: Tensor,
+    keys: Tensor,
+    rows: Tensor,
+    hashed: Tensor,
+    begins: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    offsets: Tensor | None,
+    mean: bool,
+) -> Tensor:
+    """(..., D) float32 vectors of the ids, or (bags, D) their sum or mean; no gradient.
+
+    Args:
+        ids: (...) int64; (N,) with offsets.
+        feature: (F,) that broadcasts against ids, or (N,), int64.
+        places: (4, F) int64, what `recblocks.embedding.fused_lookup.lookup_rows` takes of each feature.
+        keys: (B, 8) int64.
+        rows: (B, 8) int32.
+        hashed: (3,) int64.
+        begins: (P + 1,) int64.
+        weight: (R, D) float32, float16, bfloat16 or int8.
+        scale: (R,) float32, what each row is multiplied with.
+        offsets: (bags + 1,) int64, where the bags begin and the last one ends.
+        mean: instead of the sum.
+    """
+    dim = weight.shape[1]
+    shape = ids.shape if offsets is None else (offsets.shape[0] - 1,)
+    out = torch.empty((*shape, dim), dtype=torch.float32, device=ids.device)
+    table = _contiguous(places, keys, rows, hashed, begins, weight, weight if scale is None else scale)
+    sizes: dict[str, Any] = {"DIM": dim, "WIDTH": triton.next_power_of_2(dim), "SCALED": scale is not None, "IDS": _IDS}
+    given = ids.contiguous(), feature.contiguous(), *table
+    if out.numel() == 0:
+        return out
+    if offsets is None:
+        found = torch.empty(ids.shape, dtype=torch.int64, device=ids.device)
+        one_each[_grid(ids)](
+            *given, found, out, ids.numel(), feature.numel(), places.shape[1], keys.shape[0], GATHERS=True, **sizes
+        )
+    else:
+        sizes["IDS"] = 8
+        bags[(shape[0],)](*given, offsets.contiguous(), out, places.shape[1], keys.shape[0], MEAN=mean, **sizes)
+    return out
+
+
+@lookup_rows.register_fake
+def _(ids: Tensor, *_: Tensor) -> Tensor:
+    return torch.empty_like(ids, memory_format=torch.contiguous_format)
+
+
+@lookup_vectors.register_fake
+def _(ids: Tensor, *others: Any) -> Tensor:
+    weight, _, offsets, _ = others[-4:]
+    shape = ids.shape if offsets is None else (offsets.shape[0] - 1,)
+    return torch.empty((*shape, weight.shape[1]), dtype=torch.float32, device=weight.device)
+
+
+def _grid(ids: Tensor) -> tuple[int]:
+    return (-(-ids.numel() // _IDS),)
+
+
+def _contiguous(*tensors: Tensor) -> list[Tensor]:
+    return [tensor.contiguous() for tensor in tensors]
