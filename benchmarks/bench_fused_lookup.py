@@ -175,7 +175,7 @@ def main() -> None:
     compiled = torch.compile(lookup, fullgraph=True)
     forms: dict[str, Form] = {
         "fused": lambda batch: lookup(batch).pooled,
-        "fused, compiled": lambda batch: compiled(batch).pooled,
+        "fused, compiled": lambda batch: compiled(lookup.pack(batch)).pooled,
         "searchsorted, a feature at a time": a_feature_at_a_time(known, weight, unseen),
         "searchsorted, all at once": all_at_once(known, weight, unseen),
     }
