@@ -18,6 +18,13 @@ def mix(ids: Tensor, offset: int | Tensor) -> Tensor:
     return x.bitwise_xor_((x >> 29).bitwise_and_((1 << 35) - 1))
 
 
+def unmix(x: Tensor, offset: int | Tensor) -> Tensor:
+    """The ids that `mix` made these of."""
+    x = x ^ ((x >> 29) & ((1 << 35) - 1)) ^ ((x >> 58) & ((1 << 6) - 1))
+    x = x * signed(pow(FIRST, -1, 1 << 64))
+    return (x ^ ((x >> 32) & LOW_32)) - offset
+
+
 def splitmix(seed: int, index: int) -> int:
     """The index-th number of splitmix64 from this seed, in [0, 2**64)."""
     x = (seed + (index + 1) * GOLDEN) % (1 << 64)

@@ -205,10 +205,10 @@ from recblocks.kernels.fused_lookup import triton as kernel
 TYPES = dict.fromkeys(("num_ids", "num_columns", "num_features", "num_buckets"), "i32")
 TYPES |= {"rows": "*i32", "scale": "*fp32", "out": "*fp32"}
 ptxas = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "ptxas")
-for function, own in ((kernel.one_each, {"GATHERS": True, "IDS": 32}), (kernel.bags, {"MEAN": True, "IDS": 8})):
+for function, own in ((kernel.one_each, {"GATHERS": True}), (kernel.bags, {"MEAN": True})):
     for weight, scaled in (("*fp32", False), ("*fp16", False), ("*bf16", False), ("*i8", True)):
-        for dim in (1, 32, 96, 128):
-            fixed = {"DIM": dim, "WIDTH": triton.next_power_of_2(dim), "SCALED": scaled, **own}
+        for dim in (1, 32, 96, 300):
+            fixed = {"SCALED": scaled, **kernel.sizes_of(dim), **own}
             names = function.arg_names
             types = {name: "constexpr" if name in fixed else TYPES.get(name, "*i64") for name in names}
             constants = {(names.index(name),): value for name, value in fixed.items()}

@@ -98,6 +98,10 @@ def test_an_id_is_admitted_when_it_was_seen_so_often(calls, admit_after):
         assert table.sketch.query(int64([one])).item() == oracle.seen.get(one, 0)
 
 
+def buckets_of(ids, table, part=None):
+    return bucket_pair(_buckets.hash_ids(ids, table.hashed, part), len(table.keys))
+
+
 PART_IDS = st.lists(st.tuples(st.integers(0, 3), st.one_of(st.integers(-3, 6), st.sampled_from(SPECIAL))), max_size=12)
 PART_CALLS = st.lists(
     st.one_of(
@@ -205,7 +209,7 @@ def test_ids_of_many_parts_that_collide_are_hashed_anew_until_they_do_not():
     table = IdTable([3] * 40)
     part = torch.arange(40)
     ids = int64([unmixed(77, 99 << 20, table.hashed, int(one)) for one in part])
-    first, second = bucket_pair(ids, table.slots, part)
+    first, second = buckets_of(ids, table, part)
     assert len(first.unique()) == len(second.unique()) == 1
     hashed = table.hashed
     assert table.insert(ids, part).rows.tolist() == list(range(0, 120, 3))
@@ -282,7 +286,7 @@ def test_ids_that_all_want_the_same_two_buckets_are_found_and_none_is_lost():
     hashed, num_buckets = table.hashed, table.keys.shape[0]
     wide = 2**32 // num_buckets
     ids = int64([unmixed(5 * wide + wide // 2 + at, 9 * wide + wide // 2 + at, hashed) for at in range(300)])
-    first, second = bucket_pair(ids, table.slots, None)
+    first, second = buckets_of(ids, table)
     assert (first == 5).all()
     assert (second == 9).all()
     others = torch.arange(700)
@@ -301,7 +305,7 @@ def test_hashes_are_drawn_until_all_ids_find_a_place():
     table = IdTable(20)
     hashed, pool = table.hashed, torch.arange(20_000)
     for _ in range(4):  # under each of four hashes these ids want two buckets of the three, which hold 16
-        pool = pool[(torch.stack(bucket_pair(pool, table.slots._replace(hashed=hashed), None)) < 2).all(0)]
+        pool = pool[(torch.stack(bucket_pair(_buckets.hash_ids(pool, hashed, None), 3)) < 2).all(0)]
         hashed = _buckets.next_hash(hashed)
     assert table.insert(pool[:17]).rows.tolist() == list(range(17))
     assert table.find(pool[:18]).tolist() == [*range(17), -1]
@@ -557,7 +561,7 @@ def spoiled(state, name, change):
 
 
 SPOILED = {
-    "a bucket of four": ("keys", lambda keys: keys[:, :4], r"state_dict\['keys'\] must have shape \(1, 8\)"),
+    "a bucket of four": ("keys", lambda keys: keys[:, :4], r"state_dict\['keys'\] must have shape \(2, 8\)"),
     "rows of 64 bits": ("rows", torch.Tensor.long, r"state_dict\['rows'\] must be int32"),
     "uses of another capacity": ("uses", lambda uses: uses[:3], r"state_dict\['uses'\] must have shape \(5\)"),
     "another layout": (
@@ -609,9 +613,20 @@ def test_a_spoiled_checkpoint_is_refused_and_nothing_is_loaded(case, assign):
 def test_a_checkpoint_whose_ids_stand_elsewhere_is_refused():
     table = IdTable(500)
     table.insert(torch.arange(400))
-    for name, change in (("hashed", lambda hashed: hashed + 2), ("keys", lambda keys: keys.roll(1, 0))):
+    twice = table.state_dict()["keys"].clone()
+    stands = torch.nonzero(table.rows.flatten() >= 0).flatten()
+    first, _ = bucket_pair(twice.view(-1)[stands], len(twice))
+    alone = stands[torch.nonzero((first == stands // BUCKET) & (table.rows[first] >= 0).all(1)).flatten()[0]]
+    twice.view(-1)[alone // BUCKET * BUCKET + (alone + 1) % BUCKET] = twice.view(-1)[alone]
+    for change in (lambda keys: keys.roll(1, 0), lambda _: twice):
         with pytest.raises(ValueError, match="must hold each id once, in one of its two buckets"):
-            IdTable(500).load_state_dict(spoiled(table.state_dict(), name, change))
+            IdTable(500).load_state_dict(spoiled(table.state_dict(), "keys", change))
+    erased = spoiled(table.state_dict(), "rows", lambda rows: torch.where(rows == 7, -1, rows))
+    erased["numbers"][1] -= 1
+    with pytest.raises(ValueError, match="must hold nothing where rows are -1"):
+        IdTable(500).load_state_dict(erased)
+    with pytest.raises(ValueError, match=r"state_dict\['hashed'\] must be odd but for the first"):
+        IdTable(500).load_state_dict(spoiled(table.state_dict(), "hashed", lambda hashed: hashed + 1))
 
 
 def test_half_a_checkpoint_is_refused_and_so_is_one_without_uses_or_with_another_sketch():
@@ -672,7 +687,7 @@ def test_buffers_with_the_same_numbers_are_counted_anew_too():
     one.begins[1] = 70
     one.numbers[1] = 0
     with pytest.raises(
-        ValueError, match="begins must be those of the table's other buffers, got 70 rows for 1 buckets"
+        ValueError, match="begins must be those of the table's other buffers, got 70 rows for 2 buckets"
     ):
         one.insert(int64([1]))
 
@@ -896,8 +911,9 @@ def test_nearly_all_ids_stand_in_their_first_bucket_when_every_row_is_taken():
     table = IdTable(50_000)
     ids = torch.randint(LOWEST, HIGHEST, (50_000,), generator=torch.Generator().manual_seed(0)).unique()
     table.insert(ids)
-    first, _ = bucket_pair(ids, table.slots, None)
-    share = (table.keys[first] == ids[:, None]).any(1).double().mean()
+    first, _ = buckets_of(ids, table)
+    hashes = _buckets.hash_ids(ids, table.hashed, None)
+    share = (table.keys[first] == hashes[:, None]).any(1).double().mean()
     # Buckets of Poisson(6.8) ids keep min(n, 8) of them: E[min(n, 8)] / 6.8 = .927; those that went to their second
     # bucket take slots there, which costs a few more.
     assert share > 0.82

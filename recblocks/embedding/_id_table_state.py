@@ -38,6 +38,8 @@ def check_state(given: dict[str, Tensor], prefix: str, *, counts_uses: bool) -> 
         raise ValueError(f"{name['begins']} must ascend from 0 to at most {MOST_ROWS}, got {begins[:5]}")
     _checks.integers(name["numbers"], given["numbers"], 3 + num_parts)
     _checks.integers(name["hashed"], given["hashed"], 3)
+    if bool((given["hashed"][1:] % 2 == 0).any()):
+        raise ValueError(f"{name['hashed']} must be odd but for the first, got {given['hashed'].tolist()}")
     layout, num_ids = (int(number) for number in given["numbers"][:2])
     if layout != LAYOUT:
         raise ValueError(f"{name['numbers']} must be of layout {LAYOUT}, got {layout}")
@@ -53,6 +55,10 @@ def check_state(given: dict[str, Tensor], prefix: str, *, counts_uses: bool) -> 
     if not found == int(seen[:-1].sum()) == num_ids:
         raise ValueError(f"{name['rows']} must hold {num_ids} different rows, got {int(seen[:-1].sum())} in {found}")
     slots = _buckets.Slots(keys, rows, given["hashed"], given["begins"])
-    for ids, their in _buckets.entries(slots):
-        if not torch.equal(_buckets.find_rows(ids, slots, _buckets.part_of(their, slots.begins)), their):
+    for at in torch.split(torch.arange(keys.numel(), device=keys.device), _buckets.CHUNK):
+        hashes, stands = keys.flatten()[at], rows.flatten()[at] >= 0
+        nothing = _buckets.key_of_nothing(at, keys.shape[0])
+        if not torch.equal(torch.where(stands, _buckets.find_slots(hashes, slots), at), at):
             raise ValueError(f"{name['keys']} must hold each id once, in one of its two buckets, got others")
+        if not torch.equal(torch.where(stands, nothing, hashes), nothing):
+            raise ValueError(f"{name['keys']} must hold nothing where rows are -1, got something")

@@ -16,7 +16,7 @@ _LOW_32 = tl.constexpr((1 << 32) - 1)
 _LOW_35 = tl.constexpr((1 << 35) - 1)
 _GOLDEN, _FIRST = tl.constexpr(signed(GOLDEN)), tl.constexpr(signed(FIRST))
 _BUCKET = tl.constexpr(BUCKET)
-_IDS = 32  # of a program, of which each looks at a cache line of keys
+_MOST_IDS = 32  # of a program; each of them reads a cache line of keys
 
 
 @triton.jit
@@ -27,13 +27,11 @@ def _mix(x):
 
 
 @triton.jit
-def _row_in(bucket, ids, begin, end, mask, keys, rows):
-    """The row of each id in the bucket named, -1 where it does not stand there."""
+def _slot_in(bucket, hashes, mask, keys):
+    """The slot of each hash in the bucket named, -1 where it does not stand there."""
     at = bucket[:, None] * _BUCKET + tl.arange(0, _BUCKET)[None, :]
-    row = tl.load(rows + at, mask[:, None], -1).to(tl.int64)
-    equal = tl.load(keys + at, mask[:, None], 0) == ids[:, None]
-    stands = equal & (row >= begin[:, None]) & (row < end[:, None])
-    return tl.max(tl.where(stands, row, -1), 1)
+    equal = (tl.load(keys + at, mask[:, None], 0) == hashes[:, None]) & mask[:, None]
+    return tl.max(tl.where(equal, at, -1), 1)
 
 
 @triton.jit
@@ -45,9 +43,10 @@ def _row_of(ids, feature, mask, places, num_features, keys, rows, hashed, begins
     num_unseen = tl.load(places + 3 * num_features + feature, mask, 1)
     begin, end = tl.load(begins + part, mask, 0), tl.load(begins + part + 1, mask, 0)
     mixed = (_mix(ids + tl.load(hashed)) + part * tl.load(hashed + 2)) * tl.load(hashed + 1)
-    found = _row_in(((mixed >> 32) & _LOW_32) * num_buckets >> 32, ids, begin, end, mask, keys, rows)
-    left = mask & (found < 0)
-    found = tl.maximum(found, _row_in((mixed & _LOW_32) * num_buckets >> 32, ids, begin, end, left, keys, rows))
+    at = _slot_in(((mixed >> 32) & _LOW_32) * num_buckets >> 32, mixed, mask, keys)
+    at = tl.maximum(at, _slot_in((mixed & _LOW_32) * num_buckets >> 32, mixed, mask & (at < 0), keys))
+    found = tl.load(rows + at, at >= 0, -1).to(tl.int64)
+    found = tl.where((found >= begin) & (found < end), found, -1)
     unseen = first + (((_mix(ids + _GOLDEN) * _FIRST >> 32) & _LOW_32) * num_unseen >> 32)
     return tl.where(found < 0, unseen, found + shift)
 
@@ -147,10 +146,11 @@ def lookup_rows(
     found = torch.empty(ids.shape, dtype=torch.int64, device=ids.device)
     if ids.numel():
         table = _contiguous(places, keys, rows, hashed, begins)
-        one_each[_grid(ids)](
+        sizes = sizes_of(1)
+        one_each[_grid(ids, sizes)](
             ids.contiguous(), feature.contiguous(), *table, table[0], table[0], found, found,
             ids.numel(), feature.numel(), places.shape[1], keys.shape[0],
-            DIM=1, WIDTH=1, SCALED=False, GATHERS=False, IDS=_IDS,
+            SCALED=False, GATHERS=False, **sizes,
         )  # fmt: skip
     return found
 
@@ -188,17 +188,16 @@ def lookup_vectors(
     shape = ids.shape if offsets is None else (offsets.shape[0] - 1,)
     out = torch.empty((*shape, dim), dtype=torch.float32, device=ids.device)
     table = _contiguous(places, keys, rows, hashed, begins, weight, weight if scale is None else scale)
-    sizes: dict[str, Any] = {"DIM": dim, "WIDTH": triton.next_power_of_2(dim), "SCALED": scale is not None, "IDS": _IDS}
+    sizes: dict[str, Any] = {"SCALED": scale is not None, **sizes_of(dim)}
     given = ids.contiguous(), feature.contiguous(), *table
     if out.numel() == 0:
         return out
     if offsets is None:
         found = torch.empty(ids.shape, dtype=torch.int64, device=ids.device)
-        one_each[_grid(ids)](
+        one_each[_grid(ids, sizes)](
             *given, found, out, ids.numel(), feature.numel(), places.shape[1], keys.shape[0], GATHERS=True, **sizes
         )
     else:
-        sizes["IDS"] = 8
         bags[(shape[0],)](*given, offsets.contiguous(), out, places.shape[1], keys.shape[0], MEAN=mean, **sizes)
     return out
 
@@ -215,8 +214,14 @@ def _(ids: Tensor, *others: Any) -> Tensor:
     return torch.empty((*shape, weight.shape[1]), dtype=torch.float32, device=weight.device)
 
 
-def _grid(ids: Tensor) -> tuple[int]:
-    return (-(-ids.numel() // _IDS),)
+def sizes_of(dim: int) -> dict[str, int]:
+    """What a kernel is built for; so many ids a program that their vectors fit in registers."""
+    width = 1 << (dim - 1).bit_length()
+    return {"DIM": dim, "WIDTH": width, "IDS": min(_MOST_IDS, max(1, 1024 // width))}
+
+
+def _grid(ids: Tensor, sizes: dict[str, int]) -> tuple[int]:
+    return (-(-ids.numel() // sizes["IDS"]),)
 
 
 def _contiguous(*tensors: Tensor) -> list[Tensor]:
