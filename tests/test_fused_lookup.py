@@ -3,6 +3,7 @@
 import copy
 import io
 import itertools
+import pickle
 
 import oracles
 import pytest
@@ -13,7 +14,8 @@ from torch.nn import functional
 
 import recblocks
 from recblocks import CountMinSketch, EmbeddingTable, FusedEmbeddingLookup, IdFeature
-from recblocks.embedding import _buckets
+from recblocks.embedding import _buckets, fused_lookup
+from recblocks.embedding._layout import Layout
 from recblocks.embedding.fused_lookup import lookup_rows
 
 LOWEST, HIGHEST = -(2**63), 2**63 - 1
@@ -150,6 +152,7 @@ def test_unseen_ids_get_rows_of_their_feature_alone_and_the_same_ones_whatever_t
     lookup = simple(num_unseen=5)
     ids = torch.randint(LOWEST, HIGHEST, (2000, 3), generator=torch.Generator().manual_seed(1))
     before = lookup(columns(ids))
+    before = before._replace(pooled=before.pooled.detach())
     every = list(by_feature(lookup, before).values())
     assert [len(vectors.unique(dim=0)) for vectors in every] == [5, 5, 5]
     assert len(torch.cat(every).unique(dim=0)) == 15
@@ -396,8 +399,9 @@ def test_a_checkpoint_of_another_layout_or_width_is_refused_and_nothing_is_loade
 
 def test_bad_arguments_are_named():
     for tables, features, message in (
-        ({}, FEATURES, "must be one of"),
-        (TABLES, {}, "features must name at least one"),
+        ({}, FEATURES, "tables must be a mapping that names at least one, got {}"),
+        (TABLES, {}, "features must be a mapping that names at least one, got {}"),
+        (None, FEATURES, "tables must be a mapping that names at least one, got None"),
         (TABLES, {"item": IdFeature("item")}, r"features\['item'\]\.table must be one of 'items', 'users', 'tags'"),
         (TABLES, {"item": IdFeature("items", pooling="max")}, r"features\['item'\]\.pooling must be one of"),
         (TABLES, {"item": IdFeature("items", num_unseen=0)}, r"features\['item'\]\.num_unseen must be from 1"),
@@ -406,6 +410,10 @@ def test_bad_arguments_are_named():
     ):
         with pytest.raises(ValueError, match=message):
             FusedEmbeddingLookup(tables, features)
+    with pytest.raises(TypeError, match=r"tables\['items'\] must be an EmbeddingTable, got 5"):
+        FusedEmbeddingLookup({"items": 5}, FEATURES)
+    with pytest.raises(TypeError, match=r"features\['item'\] must be an IdFeature, got 'items'"):
+        FusedEmbeddingLookup(TABLES, {"item": "items"})
     with pytest.raises(ValueError, match="gradient must be one of"):
         FusedEmbeddingLookup(TABLES, FEATURES, gradient="adam")
     with pytest.raises(ValueError, match="learning_rate must be finite and at least 0"):
@@ -420,6 +428,13 @@ def test_bad_arguments_are_named():
             call()
     with pytest.raises(TypeError, match="ids must be int64"):
         lookup.erase("items", torch.zeros(1))
+    with pytest.raises(TypeError, match="capacity must be an int, got '9'"):
+        lookup.grow("items", "9")
+    with pytest.raises(ValueError, match="capacity must be from 40 to"):
+        lookup.grow("items", 39)
+    for call in (lookup, lookup.insert, lookup.pack):
+        with pytest.raises(TypeError, match="features must be a mapping of names, or packed, got 5"):
+            call(5)
 
 
 BAD = {
@@ -468,11 +483,247 @@ def test_more_ids_than_rows_are_an_error_and_none_is_inserted():
     message = "ids of 'users' must be at most 20 new ones, which are the rows that can be given, got 21"
     with pytest.raises(recblocks.TableFull, match=message) as full:
         lookup.insert({name: torch.arange(21) for name in FEATURES})
-    assert (full.value.most, full.value.wanted) == (20, 21)
+    assert (full.value.room, full.value.wanted, full.value.table) == (20, 21, "users")
+    again = pickle.loads(pickle.dumps(full.value))
+    assert (str(again), again.table, again.part) == (str(full.value), "users", full.value.part)
     assert all(torch.equal(one, before[name]) for name, one in lookup.state_dict().items())
 
 
+def unchanged(lookup, before):
+    state = lookup.state_dict()
+    return state.keys() == before.keys() and all(torch.equal(one, before[name]) for name, one in state.items())
+
+
+def full_lookup(gradient="rowwise_adagrad"):
+    lookup = make(gradient, evict="least_used", learning_rate=0.1)
+    lookup.insert({name: torch.arange(20) for name in FEATURES})
+    lookup({name: torch.arange(20) for name in FEATURES}).pooled.sum().backward()
+    return lookup
+
+
+def test_an_insert_that_fails_while_weights_are_drawn_changes_nothing():
+    lookup = full_lookup()
+    before = copy.deepcopy(lookup.state_dict())
+    new = {name: torch.arange(100, 120) for name in FEATURES}
+    with pytest.raises(TypeError):
+        lookup.insert(new, generator=5)
+    assert unchanged(lookup, before)
+    assert lookup.insert(new) == {"items": 20, "users": 20, "tags": 20}
+
+
+@pytest.mark.parametrize("where", ["_widened", "IdTable._grow", "Layout.places"])
+def test_a_growth_that_fails_changes_nothing(where, monkeypatch):
+    lookup, batch = full_lookup("dense"), bags_of_all()
+    before, want = copy.deepcopy(lookup.state_dict()), lookup(batch).pooled.detach()
+    del lookup.weights["4"].grad, lookup.weights["2"].grad
+
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    name, _, attribute = where.rpartition(".")
+    monkeypatch.setattr({"": fused_lookup, "IdTable": recblocks.IdTable, "Layout": Layout}[name], attribute, fail)
+    with pytest.raises(KeyboardInterrupt):
+        lookup.grow("users", 30)
+    monkeypatch.undo()
+    assert unchanged(lookup, before)
+    assert torch.equal(lookup(batch).pooled, want)
+    lookup.grow("users", 30)
+    assert torch.equal(lookup(batch).pooled, want)
+
+
+@pytest.mark.parametrize("gradient", ["dense", "sparse"])
+def test_weights_take_no_other_shape_while_a_graph_of_theirs_is_alive(gradient):
+    lookup, batch = make(gradient), bags_of_all()
+    lookup.insert(batch)
+    loss = lookup(batch).pooled.sum()
+    loss.backward()
+    other = make(gradient)
+    other.grow("items", 60)
+    for call in (lambda: lookup.grow("items", 60), lambda: lookup.load_state_dict(other.state_dict())):
+        with pytest.raises(RuntimeError, match="must not run while the graph of an earlier lookup is alive"):
+            call()
+    assert lookup.capacities["items"] == 40
+    del loss
+    lookup.grow("items", 60)
+    assert lookup.weights["4"].grad is None
+    lookup(batch).pooled.sum().backward()
+    assert lookup.weights["4"].grad.shape == lookup.weights["4"].shape
+
+
+def test_who_looks_up_while_it_is_written_gets_an_error(monkeypatch):
+    lookup, batch, refused = full_lookup(), bags_of_all(), []
+    for name in ("_insert", "_grow"):
+        work = getattr(recblocks.IdTable, name)
+
+        def meanwhile(*args, work=work):
+            done = work(*args)
+            with pytest.raises(RuntimeError, match="a lookup must not run while the table is written"):
+                lookup(batch)
+            with pytest.raises(RuntimeError, match="a copy must not run while the table is written"):
+                recblocks.ServingLookup(lookup)
+            refused.append(1)
+            return done
+
+        monkeypatch.setattr(recblocks.IdTable, name, meanwhile)
+    lookup.insert({name: torch.arange(30, 35) for name in FEATURES})
+    lookup.grow("users", 30)
+    assert len(refused) == 2
+
+
+def test_a_checkpoint_with_another_sketch_or_rate_is_refused_and_nothing_is_loaded():
+    lookup = make("rowwise_adagrad", admit_after=2, sketch=CountMinSketch(64, 2))
+    other = make("rowwise_adagrad", admit_after=2, sketch=CountMinSketch(128, 2), learning_rate=3.0)
+    other.grow("items", 60)
+    before = copy.deepcopy(lookup.state_dict())
+    with pytest.raises(ValueError, match="state_dict must be of a CountMinSketch"):
+        lookup.load_state_dict(other.state_dict())
+    with pytest.raises(ValueError, match=r"state_dict\['learning_rate'\] must be one number"):
+        lookup.load_state_dict({**lookup.state_dict(), "learning_rate": torch.zeros(4)})
+    assert unchanged(lookup, before)
+    plain = make("dense")
+    plain.load_state_dict(make("sgd").state_dict())
+    make("sgd").load_state_dict(plain.state_dict())
+    with pytest.raises(ValueError, match=r"state_dict\['moment_4'\] must have shape \(0\)"):
+        plain.load_state_dict(make("rowwise_adagrad").state_dict())
+
+
+def test_a_lookup_that_was_loaded_by_assignment_grows_alone():
+    giver, lookup, batch = make(), make(), bags_of_all()
+    giver.insert(batch)
+    lookup.load_state_dict(giver.state_dict(), assign=True)
+    want = lookup(batch).pooled.detach()
+    giver.grow("users", 30)
+    assert torch.equal(lookup(batch).pooled, want)
+    assert torch.equal(giver(batch).pooled, want)
+
+
+def test_ids_packed_for_another_lookup_are_refused():
+    lookup = make()
+    reordered = FusedEmbeddingLookup(TABLES, {name: FEATURES[name] for name in reversed(FEATURES)})
+    wider = FusedEmbeddingLookup({**TABLES, "users": EmbeddingTable(9, dim=3)}, FEATURES)
+    for other in (reordered, wider):
+        for call in (lookup, lookup.insert):
+            with pytest.raises(ValueError, match="features must be of a lookup with"):
+                call(other.pack(bags_of_all()))
+    larger = make()
+    larger.grow("users", 90)
+    assert torch.equal(lookup(larger.pack(bags_of_all())).pooled, lookup(bags_of_all()).pooled)
+
+
+def test_growth_moves_what_belongs_to_a_row_with_it():
+    tables = {"first": EmbeddingTable(4, dim=3), "second": EmbeddingTable(4, dim=3)}
+    features = {"a": IdFeature("first"), "b": IdFeature("second")}
+    lookup = FusedEmbeddingLookup(tables, features, gradient="rowwise_adagrad", evict="least_used")
+    ids = int64([1, 2, 3, 4])
+    lookup.insert({"a": ids, "b": ids})
+    lookup.insert({"a": ids[:1], "b": ids[2:3]})  # of "second" id 3 is used most
+    lookup.erase("second", ids[:1])
+    (lookup({"a": ids, "b": ids}).pooled * torch.arange(4)[:, None]).sum().backward()
+    moments = lookup.moment_3.clone()
+    lookup.grow("first", 7)
+    assert torch.equal(lookup.moment_3[:6], moments[:6])
+    assert torch.equal(lookup.moment_3[6:9], torch.zeros(3))
+    assert torch.equal(lookup.moment_3[9:], moments[6:])
+    assert lookup.evict("second", 2).tolist() == [2, 4]
+    assert lookup.insert({"a": ids[:1], "b": int64([9])}) == {"first": 0, "second": 1}
+    assert lookup.table.find(int64([9, 2, 3, 4]), int64(1)).tolist() == [7, -1, 9, -1]
+
+
+def test_a_reset_lookup_holds_nothing():
+    lookup = full_lookup()
+    lookup.reset_parameters(generator=torch.Generator().manual_seed(0))
+    new = make("rowwise_adagrad", evict="least_used", learning_rate=0.1)
+    assert unchanged(lookup, new.state_dict())
+    assert lookup.num_ids == {"items": 0, "users": 0, "tags": 0}
+
+
+def test_new_rows_are_drawn_within_the_bounds_of_their_table_and_by_the_generator():
+    tables = {"wide": EmbeddingTable(4, dim=400), "narrow": EmbeddingTable(2500, dim=300)}
+    features = {"a": IdFeature("wide"), "b": IdFeature("narrow", pooling=None), "c": IdFeature("wide", pooling=None)}
+    lookup = FusedEmbeddingLookup(tables, features)
+    batch = {"a": int64([1, 2]), "b": torch.arange(5), "c": int64([1, 2])}
+    lookup.insert(batch, generator=torch.Generator().manual_seed(7))
+    vectors = lookup(batch)
+    assert list(vectors.unpooled) == ["b", "c"]
+    for found, bound in ((vectors.pooled, 1 / 2), (vectors.unpooled["b"], 1 / 50)):
+        assert bound * 0.9 < found.abs().max() <= bound
+    again = FusedEmbeddingLookup(tables, features)
+    again.insert(batch, generator=torch.Generator().manual_seed(7))
+    assert torch.equal(again(batch).pooled, vectors.pooled)
+
+
+def test_a_lookup_made_in_inference_mode_trains_outside():
+    with torch.inference_mode():
+        lookup = make("rowwise_adagrad")
+    batch = bags_of_all()
+    lookup.insert(batch)
+    loss_of(lookup(batch)).backward()
+
+
+@pytest.mark.parametrize("gradient", ["sgd", "rowwise_adagrad"])
+def test_an_update_is_one_for_all_features_of_a_lookup_however_their_ids_are_given(gradient):
+    tables, ids = {"t": EmbeddingTable(10, dim=2)}, int64([1, 2, 2])
+    features = {name: IdFeature("t", pooling=None if name == "d" else "sum") for name in "abcd"}
+    given = {
+        "one each": dict.fromkeys(features, ids),
+        "bags": {"a": ids, "b": ids[:, None], "c": (ids, torch.arange(4)), "d": ids},
+    }
+    for how, batch in given.items():
+        lookup = FusedEmbeddingLookup(
+            tables, features, gradient=gradient, learning_rate=0.1, generator=torch.Generator().manual_seed(0)
+        )
+        lookup.insert(batch, generator=torch.Generator().manual_seed(1))
+        weight = lookup.weights["2"].detach().double().tolist()
+        steps = []
+        for step in range(1, 4):
+            vectors = lookup(batch)
+            (step * (vectors.pooled.sum() + vectors.unpooled["d"].sum())).backward()
+            rows = lookup_rows(ids, lookup.table.slots, lookup.places[:, :1]).tolist()
+            steps.append([(row, [float(step)] * 2) for row in rows for _ in features])
+        want, _ = oracles.train_rows(weight, [0.0] * len(weight), steps, 0.1, gradient == "rowwise_adagrad")
+        got = lookup.weights["2"].detach().double()
+        # Three updates of numbers below 8, each rounded a few times to 2**-24 of itself.
+        torch.testing.assert_close(got, torch.tensor(want).double(), rtol=0, atol=1e-5, msg=how)
+
+
+def test_a_gradient_of_zeros_changes_nothing_and_small_ones_count():
+    lookup = simple(num_features=1, gradient="rowwise_adagrad", learning_rate=1.0)
+    lookup.insert(columns(int64([[1], [2]])))
+    before = lookup(columns(int64([[1], [2]]))).pooled.detach()
+    scales = torch.tensor([[0.0], [1e-8]])
+    (lookup(columns(int64([[1], [2]]))).pooled * scales).sum().backward()
+    after = lookup(columns(int64([[1], [2]]))).pooled.detach()
+    assert torch.equal(after[0], before[0])
+    # 1e-8 / (1e-8 + 1e-8): the half of a step, within float32's rounding of 1e-16 and its root.
+    torch.testing.assert_close(after[1], before[1] - 0.5, rtol=0, atol=1e-4)
+
+
+def test_sums_of_many_gradients_are_made_in_float32_whatever_the_weights_are():
+    lookup = simple(num_features=1, gradient="sgd", learning_rate=1.0, dtype=torch.bfloat16)
+    lookup.insert(columns(int64([[1]])))
+    lookup(columns(int64([[1]]).expand(1000, 1))).pooled.sum().backward()
+    # A sum in bfloat16 stops at 256, where 1 is half of its last place.
+    torch.testing.assert_close(lookup(columns(int64([[1]]))).pooled, torch.full((1, 4), -1000.0).bfloat16())
+
+
 # --- what is compiled ---
+
+
+@pytest.mark.parametrize("gradient", ["sgd", "rowwise_adagrad"])
+def test_a_compiled_lookup_trains_like_an_eager_one(gradient):
+    torch.compiler.reset()
+    one, other = (make(gradient, learning_rate=0.1) for _ in range(2))
+    batch = bags_of_all()
+    for lookup in (one, other):
+        lookup.insert(batch, generator=torch.Generator().manual_seed(0))
+    compiled = torch.compile(one, backend="aot_eager", fullgraph=True)
+    for step in range(3):
+        for lookup, call in ((one, compiled), (other, other)):
+            lookup.learning_rate.fill_(0.1 * (step + 1))
+            loss_of(call(batch)).backward()
+    for name, weight in one.weights.items():
+        torch.testing.assert_close(weight, other.weights[name], rtol=0, atol=1e-6)
+        assert not torch.equal(weight, make(gradient).weights[name])
 
 
 def random_bags(num_rows, seed):

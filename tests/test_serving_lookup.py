@@ -38,7 +38,7 @@ def rounded(weight, dtype):
     """What the rows become, in float32."""
     if dtype != torch.int8:
         return weight.to(dtype).float()
-    scales = [max(abs(w) for w in row) / 127 for row in weight.tolist()]
+    scales = [max(abs(w) for w in row) / 127 or 1.0 for row in weight.tolist()]
     rows = [[round(w / scale) * scale for w in row] for row, scale in zip(weight.tolist(), scales, strict=True)]
     return torch.tensor(rows)
 
@@ -93,6 +93,47 @@ def test_another_process_loads_it_without_the_trained_one(dtype):
     other_order = {name: FEATURES[name] for name in reversed(FEATURES)}
     with pytest.raises(ValueError, match="state_dict must be of a lookup with features"):
         ServingLookup(trained(other_order), dtype=dtype).load_state_dict(served.state_dict())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_checkpoint_of_other_capacities_is_taken_and_one_of_another_dtype_refused(dtype):
+    lookup, features = trained(), batch()
+    served = ServingLookup(lookup, dtype=dtype)
+    want = served(features).pooled
+    others = [ServingLookup(trained(), dtype=other) for other in DTYPES if other != dtype]
+    for other in others:
+        for strict in (True, False):
+            with pytest.raises((TypeError, ValueError), match="state_dict"):
+                served.load_state_dict(other.state_dict(), strict=strict)
+    assert torch.equal(served(features).pooled, want)
+    lookup.grow("users", 33)
+    lookup.insert({name: ids + 50 if isinstance(ids, torch.Tensor) else ids for name, ids in features.items()})
+    grown = ServingLookup(lookup, dtype=dtype)
+    served.load_state_dict(grown.state_dict())
+    assert torch.equal(served(batch(50)).pooled, grown(batch(50)).pooled)
+    assert served.double()(features).pooled.dtype == torch.float32
+    assert torch.equal(served.half()(features).pooled, grown(features).pooled)
+
+
+def test_a_reset_one_knows_no_id():
+    served = ServingLookup(trained())
+    served.reset_parameters()
+    assert not served(batch()).pooled.any()
+    other = ServingLookup(FusedEmbeddingLookup(TABLES, FEATURES))
+    assert torch.equal(served.keys, other.keys)
+    assert torch.equal(served.places, other.places)
+    assert torch.equal(served.begins, other.begins)
+
+
+def test_weights_that_float16_cannot_hold_are_refused():
+    lookup = trained()
+    lookup.weights["4"].data[0, 0] = 7e4
+    with pytest.raises(ValueError, match=r"lookup must have weights that torch\.float16 can hold, got 70000"):
+        ServingLookup(lookup)
+    with pytest.raises(ValueError, match="weight must have at least one column"):
+        quantize_rows(torch.zeros(3, 0))
+    with pytest.raises(TypeError, match=r"weight must be a torch\.Tensor"):
+        quantize_rows([[1.0]])
 
 
 def test_bytes_of_a_row_are_those_that_are_promised():

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from recblocks import _checks
+from recblocks.embedding._id_table_state import MOST_ROWS
 
 Ids: TypeAlias = Tensor | tuple[Tensor, Tensor]
 _POOLINGS = ("sum", "mean", None)
-_MOST_UNSEEN = (1 << 31) - 1
 
 
 class EmbeddingTable(NamedTuple):
@@ -67,6 +67,8 @@ class PackedIds(NamedTuple):
     """The ids of a batch, side by side: what `FusedEmbeddingLookup.pack` makes of the features one by one."""
 
     groups: tuple[Group, ...]
+    made_for: str
+    """What a lookup must be for that takes them."""
 
 
 class Range(NamedTuple):
@@ -83,15 +85,20 @@ class Layout:
     """What follows from the tables and features alone."""
 
     def __init__(self, tables: Mapping[str, EmbeddingTable], features: Mapping[str, IdFeature]) -> None:
+        for name, given, kind in (("tables", tables, EmbeddingTable), ("features", features, IdFeature)):
+            if not isinstance(given, Mapping) or not given:
+                raise ValueError(f"{name} must be a mapping that names at least one, got {_checks.describe(given)}")
+            for key, one in given.items():
+                if not isinstance(one, kind):
+                    raise TypeError(f"{name}[{key!r}] must be an {kind.__name__}, got {_checks.describe(one)}")
         self.tables = {name: _checked_table(name, *one) for name, one in tables.items()}
         self.features = {name: _checked_feature(name, self.tables, *one) for name, one in features.items()}
-        for name, found in (("tables", self.tables), ("features", self.features)):
-            if not found:
-                raise ValueError(f"{name} must name at least one, got none")
         self.order = sorted(self.tables, key=lambda name: self.tables[name].dim)
         self.dims = sorted({one.dim for one in self.tables.values()})
         self.dim_of = {name: self.tables[one.table].dim for name, one in self.features.items()}
         self.pooled = [name for name, one in self.features.items() if one.pooling is not None]
+        dims = [[name, one.dim] for name, one in self.tables.items()]
+        self.made_for = json.dumps({"dims": dims, "features": [[name, *one] for name, one in self.features.items()]})
 
     def ranges(self, capacities: Sequence[int]) -> list[Range]:
         """What each row of the weights is for; the capacities are by `order`. First come the rows for unseen ids."""
@@ -118,31 +125,38 @@ class Layout:
         return [list(column) for column in zip(*found, strict=True)]
 
     def described(self) -> Tensor:
-        """What a checkpoint must agree with, as the bytes of a JSON text."""
-        dims = [[name, one.dim] for name, one in self.tables.items()]
-        features = [[name, *one] for name, one in self.features.items()]
-        text = json.dumps({"dims": dims, "features": features})
-        return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+        """What a checkpoint must agree with, as bytes."""
+        return torch.frombuffer(bytearray(self.made_for.encode()), dtype=torch.uint8)
 
     def refuse_others(self, described: Tensor | None) -> None:
         """Refuse a checkpoint of other tables or features, or of the same in another order."""
-        if described is None:
-            return
-        got = json.loads(bytes(described.tolist()))
-        for name, own in json.loads(bytes(self.described().tolist())).items():
-            if got.get(name) != own:
-                raise ValueError(f"state_dict must be of a lookup with {name} {own}, got {got.get(name)}")
+        if described is not None:
+            self._refuse("state_dict", bytes(described.tolist()).decode())
 
-    def pack(self, features: Mapping[str, Ids]) -> PackedIds:
+    def groups(self, features: Mapping[str, Ids] | PackedIds, device: torch.device) -> Sequence[Group]:
+        """Those of a batch, packed or not."""
+        packed = features if isinstance(features, PackedIds) else self.pack(features, device)
+        if packed.made_for != self.made_for:
+            self._refuse("features", packed.made_for)
+        return packed.groups
+
+    def _refuse(self, argument: str, made_for: str) -> None:
+        theirs, ours = json.loads(made_for), json.loads(self.made_for)
+        for name, own in ours.items():
+            if theirs.get(name) != own:
+                raise ValueError(f"{argument} must be of a lookup with {name} {own}, got {theirs.get(name)}")
+
+    def pack(self, features: Mapping[str, Ids], device: torch.device) -> PackedIds:
         """Lay a batch side by side."""
-        self._check(features)
+        self._check(features, device)
         kinds: dict[tuple[int, Literal["one", "each", "sum", "mean"]], list[str]] = {}
         for name, one in self.features.items():
             ids = features[name]
             single = isinstance(ids, Tensor) and ids.ndim == 1
             kind = "each" if one.pooling is None else "one" if single else one.pooling
             kinds.setdefault((self.dim_of[name], kind), []).append(name)
-        return PackedIds(tuple(self._group(kind, names, features) for (_, kind), names in kinds.items()))
+        groups = tuple(self._group(kind, names, features) for (_, kind), names in kinds.items())
+        return PackedIds(groups, self.made_for)
 
     def vectors(self, groups: Sequence[Group], found: Sequence[Tensor]) -> Vectors:
         """Give each feature its own: (B, F, dim) of groups of one id each, (F B, dim) of bags, (N, dim) of each id."""
@@ -188,7 +202,9 @@ class Layout:
         offsets = torch.cat([*bags, ids.new_full((1,), ids.shape[0])])
         return Group(kind, tuple(names), (), ids, feature, offsets)
 
-    def _check(self, features: Mapping[str, Ids]) -> None:
+    def _check(self, features: Mapping[str, Ids], device: torch.device) -> None:
+        if not isinstance(features, Mapping):
+            raise TypeError(f"features must be a mapping of names, or packed, got {_checks.describe(features)}")
         if features.keys() != self.features.keys():
             missing = [name for name in self.features if name not in features]
             unknown = [name for name in features if name not in self.features]
@@ -197,7 +213,12 @@ class Layout:
         for name, given in features.items():
             ids, offsets = _parts(given)
             pools = self.features[name].pooling is not None
-            _checks.integers(f"features[{name!r}]", ids, *(() if not pools else ("B",) if offsets is not None else ()))
+            _checks.integers(f"features[{name!r}]", ids, *(("N",) if pools and isinstance(given, tuple) else ()))
+            if isinstance(given, tuple):
+                _checks.integers(f"features[{name!r}][1]", offsets, "B + 1")
+            for one in (ids, offsets):
+                if one is not None and one.device != device:
+                    raise ValueError(f"features[{name!r}] must be on {device} like the lookup, got {one.device}")
             if offsets is not None:
                 if not pools:
                     raise ValueError(f"features[{name!r}] must be ids alone where they are not pooled, got offsets too")
@@ -215,7 +236,7 @@ class Layout:
 
 
 def _parts(given: Ids) -> tuple[Tensor, Tensor | None]:
-    """The ids and the offsets of their bags, if they have any."""
+    """The ids, and the offsets of their bags if they have any."""
     return given if isinstance(given, tuple) and len(given) == 2 else (given, None)
 
 
@@ -227,7 +248,7 @@ def _offsets(ids: Tensor, offsets: Tensor | None) -> Tensor:
 
 
 def _checked_table(name: str, capacity: int, dim: int) -> EmbeddingTable:
-    capacity = _checks.integer(f"tables[{name!r}].capacity", capacity, at_least=1, at_most=_MOST_UNSEEN)
+    capacity = _checks.integer(f"tables[{name!r}].capacity", capacity, at_least=1, at_most=MOST_ROWS)
     return EmbeddingTable(capacity, _checks.integer(f"tables[{name!r}].dim", dim, at_least=1))
 
 
@@ -240,7 +261,6 @@ def _checked_feature(
 ) -> IdFeature:
     _checks.choice(f"features[{name!r}].table", table, tables.keys())
     _checks.choice(f"features[{name!r}].pooling", pooling, _POOLINGS)
-    most = _MOST_UNSEEN
     return IdFeature(
-        table, pooling, _checks.integer(f"features[{name!r}].num_unseen", num_unseen, at_least=1, at_most=most)
+        table, pooling, _checks.integer(f"features[{name!r}].num_unseen", num_unseen, at_least=1, at_most=MOST_ROWS)
     )

@@ -31,12 +31,13 @@ def apply_gradient(weight: Tensor, moment: Tensor, learning_rate: Tensor, rows: 
     begins = torch.ones_like(rows, dtype=torch.bool)
     begins[1:] = rows[1:] != rows[:-1]
     group = begins.cumsum(0) - 1
-    summed = torch.zeros(grad.shape, dtype=torch.float32, device=grad.device)
-    summed.index_add_(0, group, grad[order].float())
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    summed = torch.zeros(grad.shape, dtype=dtype, device=grad.device)
+    summed.index_add_(0, group, grad[order].to(dtype))
     # As many as there are places, for no count is read back: those behind add zeros to the last row.
     row = rows[-1:].expand_as(rows).scatter(0, group, rows)
     if moment.shape[0]:
-        moment.index_add_(0, row, summed.square().mean(1))
+        moment.index_add_(0, row, summed.square().mean(1).to(moment.dtype))
         summed /= (moment[row].sqrt() + EPS)[:, None]
     weight.index_add_(0, row, (-learning_rate * summed).to(weight.dtype))
 

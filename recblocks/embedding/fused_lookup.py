@@ -16,8 +16,8 @@ from torch.nn import Parameter, functional
 
 from recblocks import _checks
 from recblocks._hashing import FIRST, GOLDEN, LOW_32, mix, signed
-from recblocks.embedding._buckets import Slots, find
-from recblocks.embedding._id_table_state import SAVED, check_state
+from recblocks.embedding._buckets import Changes, Slots, find
+from recblocks.embedding._id_table_state import MOST_ROWS, SAVED, check_sketch, check_state
 from recblocks.embedding._layout import EmbeddingTable, Group, IdFeature, Ids, Layout, PackedIds, Range, Vectors
 from recblocks.embedding._row_updates import gather_and_train
 from recblocks.embedding.id_table import IdTable, TableFull
@@ -71,10 +71,14 @@ class FusedEmbeddingLookup(nn.Module):
     with `torch.nn.Embedding`. "sgd" and "rowwise_adagrad": backward applies it to the rows that were seen, touches no
     other, and keeps nothing; the weights then need no optimiser. With the sum ``g_r`` of the gradients of row r, "sgd"
     is ``w_r -= η g_r``, and "rowwise_adagrad" ``m_r += mean(g_r²)``, one number m a row, then ``w_r -= η g_r / (√m_r +
-    1e-8)``. Two lookups before a backward are two updates, and a loss that is scaled scales them.
+    1e-8)``, computed in float32 and rounded to the weights' dtype. Two lookups before a backward are two updates (of a
+    compiled one an error), and a loss that is scaled scales them.
 
-    Several processes: under DDP, with "dense", each must insert the ids of all, in one order. The last two are for one
-    process: under DDP every rank's weights would go their own way, and what FSDP gathers is not kept.
+    "Between steps" is after the optimiser's, before the next lookup: a backward after `insert` or `grow` would train
+    rows that are no longer those that were looked up, and what an optimiser keeps of a row stays when the row is given
+    to another id. Several processes: under DDP, with "dense", each must insert the ids of all, in one order, with a
+    generator of one seed. The last two are for one process: under DDP every rank's weights would go their own way, and
+    what FSDP gathers is not kept.
 
     Args:
         tables: each one's capacity in ids, and the width of its rows.
@@ -113,6 +117,7 @@ class FusedEmbeddingLookup(nn.Module):
 
     places: Tensor
     learning_rate: Tensor
+    anchor: Parameter | None
 
     def __init__(
         self,
@@ -132,24 +137,24 @@ class FusedEmbeddingLookup(nn.Module):
     ) -> None:
         super().__init__()
         _checks.choice("backend", backend, BACKENDS)
-        self.backend = backend
         _checks.choice("gradient", gradient, _GRADIENTS)
         _checks.number("learning_rate", learning_rate, at_least=0)
-        layout = Layout(tables, features)
-        self.layout, self.gradient, self._first_learning_rate = layout, gradient, learning_rate
-        capacities = [layout.tables[name].capacity for name in layout.order]
+        self.layout, self.gradient, self.backend = Layout(tables, features), gradient, backend
+        self._first_learning_rate = learning_rate
+        capacities = [self.layout.tables[name].capacity for name in self.layout.order]
         self.table = IdTable(capacities, admit_after=admit_after, sketch=sketch, evict=evict, seed=seed, device=device)
         self.weights = nn.ParameterDict()
-        for dim, num_rows in layout.num_rows(capacities).items():
-            weight = torch.empty(num_rows, dim, device=device, dtype=dtype)
-            self.weights[str(dim)] = Parameter(weight, requires_grad=gradient not in _OPTIMIZERS)
-            num_moments = num_rows if gradient == "rowwise_adagrad" else 0
-            self.register_buffer(f"moment_{dim}", torch.empty(num_moments, dtype=torch.float32, device=device))
-        anchor = Parameter(torch.empty(0, device=device, dtype=dtype)) if gradient in _OPTIMIZERS else None
-        self.register_parameter("anchor", anchor)
-        self.register_buffer("learning_rate", torch.empty((), dtype=torch.float32, device=device))
-        self.register_buffer("places", torch.empty(4, len(features), dtype=torch.int64, device=device))
-        self.reset_parameters(generator=generator)
+        with torch.inference_mode(False):
+            for dim, num_rows in self.layout.num_rows(capacities).items():
+                weight = torch.empty(num_rows, dim, device=device, dtype=dtype)
+                self.weights[str(dim)] = Parameter(weight, requires_grad=gradient not in _OPTIMIZERS)
+                num_moments = num_rows if gradient == "rowwise_adagrad" else 0
+                self.register_buffer(f"moment_{dim}", torch.empty(num_moments, dtype=torch.float32, device=device))
+            anchor = Parameter(torch.empty(0, device=device, dtype=dtype)) if gradient in _OPTIMIZERS else None
+            self.register_parameter("anchor", anchor)
+            self.register_buffer("learning_rate", torch.empty((), dtype=torch.float32, device=device))
+            self.register_buffer("places", torch.empty(4, len(features), dtype=torch.int64, device=device))
+            self.reset_parameters(generator=generator)
 
     @property
     def num_ids(self) -> dict[str, int]:
@@ -171,15 +176,17 @@ class FusedEmbeddingLookup(nn.Module):
         return {name: capacities[name] for name in self.layout.tables}
 
     def reset_parameters(self, *, generator: torch.Generator | None = None) -> None:
-        """Forget every id, and draw all weights."""
+        """Forget every id, and draw the weights for unseen ones; those of an id are drawn when it gets its row."""
         self.table.reset_parameters()
         with torch.no_grad():
             self.learning_rate.fill_(self._first_learning_rate)
-            self._place()
+            self.places = self._places()
+            for tensor in (*self.weights.values(), *(self.get_buffer(f"moment_{dim}") for dim in self.layout.dims)):
+                tensor.zero_()
             for one in self.layout.ranges(self.table.capacities):
-                self._draw(self.weights[str(one.dim)][one.begin : one.end], one.table, generator)
-            for dim in self.layout.dims:
-                self.get_buffer(f"moment_{dim}").zero_()
+                if one.feature is not None:
+                    bound = 1 / math.sqrt(self.capacities[one.table])
+                    self.weights[str(one.dim)][one.begin : one.end].uniform_(-bound, bound, generator=generator)
 
     def forward(self, features: Mapping[str, Ids] | PackedIds) -> Vectors:
         """Look all features up.
@@ -199,7 +206,7 @@ class FusedEmbeddingLookup(nn.Module):
         """
         compiling = torch.compiler.is_compiling()
         with contextlib.nullcontext() if compiling else self.table.reading("a lookup"):
-            groups = self._groups(features)
+            groups = self.layout.groups(features, self.places.device)
             kernel, slots = kernel_for(self.backend, self.places.device), self.table.slots
             if kernel is not None and not torch.is_grad_enabled():
                 weights = {dim: weight.detach() for dim, weight in self.weights.items()}
@@ -207,6 +214,8 @@ class FusedEmbeddingLookup(nn.Module):
                     groups, kernel_vectors(kernel, groups, slots, self.places, weights, {}, self.layout)
                 )
             rows = rows_of(groups, slots, self.places, kernel)
+            if self.gradient in _OPTIMIZERS:
+                return self.layout.vectors(groups, self._trained_vectors(groups, rows))
             found = [self._vectors(group, their) for group, their in zip(groups, rows, strict=True)]
             return self.layout.vectors(groups, found)
 
@@ -222,7 +231,7 @@ class FusedEmbeddingLookup(nn.Module):
         Raises:
             TypeError, ValueError: like `forward`'s.
         """
-        return self.layout.pack(features)
+        return self.layout.pack(features, self.places.device)
 
     def insert(
         self, features: Mapping[str, Ids] | PackedIds, *, generator: torch.Generator | None = None
@@ -240,14 +249,13 @@ class FusedEmbeddingLookup(nn.Module):
             TypeError, ValueError: like `forward`'s; `TableFull` for more new ids than a table has rows for.
             RuntimeError: the table is read or written meanwhile; or ids that no hash function can place.
         """
-        ids, feature = _side_by_side(self._groups(features))
+        ids, feature = _side_by_side(self.layout.groups(features, self.places.device))
         try:
-            begun = self.table.insert(ids, self.places[0, feature]).begun
+            nums = self.table._write(self._insert, ids, self.places[0, feature], generator)
         except TableFull as full:
-            raise TableFull(f" of {self.layout.order[full.part]!r}", full.most, full.wanted, full.part) from None
-        nums = torch.searchsorted(begun, self.table.begins).diff()
-        self._begin(begun, nums, generator)
-        counts = dict(zip(self.layout.order, nums.tolist(), strict=True))
+            table = self.layout.order[full.part]
+            raise TableFull(full.wanted, full.room, full.part, full.num_parts, table) from None
+        counts = dict(zip(self.layout.order, nums, strict=True))
         return {name: counts[name] for name in self.layout.tables}
 
     def erase(self, table: str, ids: Tensor) -> int:
@@ -270,33 +278,27 @@ class FusedEmbeddingLookup(nn.Module):
         """
         return self.table.evict(num, self._part(table))[0]
 
-    def grow(self, table: str, capacity: int, *, generator: torch.Generator | None = None) -> None:
-        """Make room for more ids; every id keeps its vector.
+    def grow(self, table: str, capacity: int) -> None:
+        """Make room for more ids; every id keeps its vector, and a failed call changes nothing.
 
-        The weights of this width move into new memory, and lose their ``grad``: what an optimiser keeps of them, and
-        graphs that were captured, must be made anew. Beside the old and the new weights nothing of size is held.
+        The weights of this width move into new memory, and lose their ``grad``: what an optimiser keeps of them,
+        graphs that were captured, and a DDP around them must be made anew. Beside the old and the new weights and id
+        table nothing of size is held.
 
         Args:
             table: which one.
             capacity: at least as many as now.
-            generator: draws the weights that come with it.
 
         Raises:
             TypeError, ValueError: another table or capacity.
-            RuntimeError: the table is read or written meanwhile.
+            RuntimeError: the table is read or written meanwhile; or the graph of an earlier lookup is alive, whose
+                backward would not fit: delete the last loss.
         """
-        part, dim = self._part(table), self.layout.tables[table].dim
-        more = capacity - self.table.capacities[part]
-        (end,) = (one.end for one in self._own_ranges() if one.table == table)
-        self.table.grow(capacity, part)
-        weight, moment = self.weights[str(dim)], self.get_buffer(f"moment_{dim}")
-        with torch.no_grad():
-            weight.grad = None
-            weight.data = _widened(weight.data, end, more)
-            self._draw(weight[end : end + more], table, generator)
-            if len(moment):
-                moment.data = _widened(moment, end, more)
-            self._place()
+        part = self._part(table)
+        had, rows = self.table.capacities[part], self.table.capacity
+        capacity = _checks.integer("capacity", capacity, at_least=had, at_most=MOST_ROWS - rows + had)
+        refuse_live_graph(self.weights[str(self.layout.tables[table].dim)], "grow")
+        self.table._write(self._grow, part, capacity)
 
     def get_extra_state(self) -> Tensor:
         """What the lookup was made for."""
@@ -312,16 +314,65 @@ class FusedEmbeddingLookup(nn.Module):
         )
         return f"tables={{{tables}}}, num_features={len(self.layout.features)}, gradient={self.gradient!r}"
 
-    def _groups(self, features: Mapping[str, Ids] | PackedIds) -> Sequence[Group]:
-        return (features if isinstance(features, PackedIds) else self.pack(features)).groups
+    def _insert(self, changes: Changes, ids: Tensor, parts: Tensor, generator: torch.Generator | None) -> list[int]:
+        """How many new ids of each part; their weights are drawn, and what was there put back if that fails."""
+        begun = self.table._insert(changes, ids, parts if len(self.layout.order) > 1 else None).begun
+        nums = torch.searchsorted(begun, self.table.begins).diff()
+        bounds = nums.new_tensor(self.table.capacities, dtype=torch.float32).rsqrt().repeat_interleave(nums)
+        for dim, parts_of in itertools.groupby(enumerate(self._own_ranges()), key=lambda pair: pair[1].dim):
+            (first, one), *_ = behind = list(parts_of)
+            begin, end = int(nums[:first].sum()), int(nums[: first + len(behind)].sum())
+            at = begun[begin:end] - self.table.begins[first] + one.begin
+            weight, moment = self.weights[str(dim)].detach(), self.get_buffer(f"moment_{dim}")
+            drawn = weight.new_empty(len(at), dim).uniform_(-1, 1, generator=generator)
+            changes.set(weight, at, drawn * bounds[begin:end, None].to(weight.dtype))
+            if len(moment):
+                changes.set(moment, at, torch.zeros_like(moment[at]))
+        counts: list[int] = nums.tolist()
+        return counts
+
+    def _grow(self, changes: Changes, part: int, capacity: int) -> None:
+        more, one = capacity - self.table.capacities[part], self._own_ranges()[part]
+        weight, name = self.weights[str(one.dim)], f"moment_{one.dim}"
+        before = weight.data, self.get_buffer(name), self.places, weight.grad
+        wide, moment = _widened(before[0], one.end, more), before[1]
+        moment = _widened(moment, one.end, more) if len(moment) else moment
+        try:
+            self.table._grow(changes, capacity, part)
+            weight.grad = None
+            weight.data = wide
+            setattr(self, name, moment)
+            self.places = self._places()
+        except BaseException:
+            weight.data = before[0]
+            weight.grad = before[3]
+            setattr(self, name, before[1])
+            self.places = before[2]
+            raise
+
+    def _trained_vectors(self, groups: Sequence[Group], rows: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Of all groups; those of one width are one update."""
+        found: dict[int, Tensor] = {}
+        for dim in self.layout.dims:
+            of = [at for at, group in enumerate(groups) if self.layout.dim_of[group.names[0]] == dim]
+            if of:
+                weight, moment = self.weights[str(dim)], self.get_buffer(f"moment_{dim}")
+                every = torch.cat([rows[at].flatten() for at in of])
+                vectors = gather_and_train(weight, moment, self.learning_rate, self.anchor, every)
+                pieces = torch.split(vectors, [rows[at].numel() for at in of])
+                found.update(zip(of, pieces, strict=True))
+        shaped = []
+        for at, group in enumerate(groups):
+            their, bags = found[at], group.offsets
+            if bags is not None:
+                shaped.append(pool(their, bags, group.kind))
+            else:
+                shaped.append(their.view(*group.ids.shape, their.shape[1]))
+        return shaped
 
     def _vectors(self, group: Group, rows: Tensor) -> Tensor:
         dim = self.layout.dim_of[group.names[0]]
         weight = self.weights[str(dim)]
-        if self.gradient in _OPTIMIZERS:
-            moment = self.get_buffer(f"moment_{dim}")
-            found = gather_and_train(weight, moment, self.learning_rate, self.anchor, rows)
-            return found if group.offsets is None else pool(found, group.offsets, group.kind)
         sparse = self.gradient == "sparse"
         if group.offsets is not None:
             return pool(weight, group.offsets, group.kind, rows, sparse=sparse)
@@ -337,37 +388,20 @@ class FusedEmbeddingLookup(nn.Module):
         """The rows of the weights that are each table's, by the parts of the id table."""
         return [one for one in self.layout.ranges(self.table.capacities) if one.feature is None]
 
-    def _place(self) -> None:
-        self.places.copy_(torch.tensor(self.layout.places(self.table.capacities)))
-
-    def _begin(self, rows: Tensor, nums: Tensor, generator: torch.Generator | None) -> None:
-        """Draw the weights of rows of the id table that are given anew, ascending, so many of each part."""
-        bounds = nums.new_tensor(self.table.capacities, dtype=torch.float32).rsqrt().repeat_interleave(nums)
-        for dim, parts in itertools.groupby(enumerate(self._own_ranges()), key=lambda pair: pair[1].dim):
-            (first, one), *_ = behind = list(parts)
-            begin, end = int(nums[:first].sum()), int(nums[: first + len(behind)].sum())
-            at = rows[begin:end] - self.table.begins[first] + one.begin
-            weight, moment = self.weights[str(dim)], self.get_buffer(f"moment_{dim}")
-            with torch.no_grad():
-                drawn = weight.new_empty(len(at), dim).uniform_(-1, 1, generator=generator)
-                weight[at] = drawn * bounds[begin:end, None].to(weight.dtype)
-                if len(moment):
-                    moment[at] = 0
-
-    def _draw(self, weight: Tensor, table: str, generator: torch.Generator | None) -> Tensor:
-        bound = 1 / math.sqrt(self.table.capacities[self._part(table)])
-        return weight.uniform_(-bound, bound, generator=generator)
+    def _places(self) -> Tensor:
+        device = self.get_buffer("places").device
+        return torch.tensor(self.layout.places(self.table.capacities), device=device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedEmbeddingLookup:
         """Move, and cast the weights: sums of squares and the learning rate stay float32."""
-        names = ["learning_rate", *(f"moment_{dim}" for dim in self.layout.dims)]
-        kept = {name: self.get_buffer(name) for name in names}
+        kept = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, before in kept.items():
-            after = self.get_buffer(name)
-            if after.dtype != before.dtype:
-                setattr(self, name, before.to(after.device))
+        restore_dtypes(self, kept)
         return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.pop(f"{prefix}anchor", None)  # no numbers, and not of every lookup
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         """Take over another lookup for the same features, whatever its capacities, all of it or nothing."""
@@ -378,15 +412,30 @@ class FusedEmbeddingLookup(nn.Module):
             raise ValueError(f"state_dict must hold all of a lookup, got none of {', '.join(absent)}")
         if not absent:
             self._check_state(state_dict, prefix)
-            for name, tensor in (*self.weights.named_parameters(prefix="weights"), *self.named_buffers(recurse=False)):
-                if tensor.shape != state_dict[prefix + name].shape:
-                    tensor.data = torch.empty_like(state_dict[prefix + name], device=tensor.device, dtype=tensor.dtype)
+            if self.anchor is not None:
+                some = state_dict[f"{prefix}weights.{self.layout.dims[0]}"]
+                state_dict[f"{prefix}anchor"] = torch.empty(0, dtype=some.dtype, device=some.device)
+            for name, weight in self.weights.items():
+                given = state_dict[f"{prefix}weights.{name}"]
+                if weight.shape != given.shape:
+                    refuse_live_graph(weight, "load_state_dict")
+                    weight.grad = None
+                    weight.data = torch.empty_like(given, device=weight.device, dtype=weight.dtype)
+            for name, tensor in list(self.named_buffers(recurse=False)):
+                given = state_dict[prefix + name]
+                if tensor.shape != given.shape:
+                    setattr(self, name, torch.empty_like(given, device=tensor.device, dtype=tensor.dtype))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _check_state(self, state_dict: Mapping[str, Any], prefix: str) -> None:
         """Refuse what cannot be a lookup of these tables and features."""
         table = {name: state_dict[f"{prefix}table.{name}"] for name in SAVED}
         check_state(table, f"{prefix}table.", counts_uses=self.table.evicts is not None)
+        check_sketch(self.table.sketch, state_dict, f"{prefix}table.sketch.")
+        rate = f"state_dict['{prefix}learning_rate']"
+        _checks.tensor(rate, state_dict[f"{prefix}learning_rate"], dtype=torch.float32)
+        if state_dict[f"{prefix}learning_rate"].ndim:
+            raise ValueError(f"{rate} must be one number, got {_checks.describe(state_dict[f'{prefix}learning_rate'])}")
         begins = table["begins"].tolist()
         capacities = [end - begin for begin, end in itertools.pairwise(begins)]
         if len(capacities) != len(self.layout.order):
@@ -459,6 +508,28 @@ def _side_by_side(groups: Sequence[Group]) -> tuple[Tensor, Tensor]:
     """All ids and the feature of each, (N,)."""
     ids = torch.cat([group.ids.flatten() for group in groups])
     return ids, torch.cat([group.feature.expand_as(group.ids).flatten() for group in groups])
+
+
+def refuse_live_graph(weight: Tensor, what: str) -> None:
+    """Refuse to give a weight another shape while a graph is alive whose backward would bring a gradient of this one.
+
+    The node that takes a leaf's gradient is kept by graphs alone: what is written on it is there again where one is.
+    """
+    if weight.requires_grad and not weight.is_meta:
+        edge: Any = torch.autograd.graph.get_gradient_edge
+        edge(weight).node.metadata["recblocks"] = True
+        if edge(weight).node.metadata.pop("recblocks", False):
+            raise RuntimeError(
+                f"{what} must not run while the graph of an earlier lookup is alive: delete the last loss"
+            )
+
+
+def restore_dtypes(module: nn.Module, before: Mapping[str, Tensor]) -> None:
+    """Undo the casts of some buffers, where they have gone."""
+    for name, tensor in before.items():
+        after = module.get_buffer(name)
+        if after.dtype != tensor.dtype:
+            setattr(module, name, tensor.to(after.device))
 
 
 def _widened(rows: Tensor, end: int, more: int) -> Tensor:

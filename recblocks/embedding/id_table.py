@@ -27,11 +27,20 @@ _T = TypeVar("_T")
 
 
 class TableFull(ValueError):
-    """More new ids than there are rows for."""
+    """More new ids than there are rows for: ``wanted`` where ``room`` would do, in ``part`` of a table.
 
-    def __init__(self, of: str, most: int, wanted: int, part: int) -> None:
-        super().__init__(f"ids{of} must be at most {most} new ones, which are the rows that can be given, got {wanted}")
-        self.most, self.wanted, self.part = most, wanted, part
+    ``table`` is the name of the part, where it has one, as in a `FusedEmbeddingLookup`.
+    """
+
+    def __init__(self, wanted: int, room: int, part: int, num_parts: int = 1, table: str | None = None) -> None:
+        of = f" of {table!r}" if table is not None else f" of part {part}" if num_parts > 1 else ""
+        can = "which are the rows that can be given"
+        super().__init__(f"ids{of} must be at most {room} new ones, {can}, got {wanted}")
+        self.wanted, self.room, self.part, self.num_parts, self.table = wanted, room, part, num_parts, table
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Be made again from what it was made from, in another process too."""
+        return type(self), (self.wanted, self.room, self.part, self.num_parts, self.table)
 
 
 class Inserted(NamedTuple):
@@ -177,8 +186,8 @@ class IdTable(nn.Module):
             (...) int64 in [-1, capacity).
 
         Raises:
-            TypeError, ValueError: ids or part of another dtype or on another device, or part of another shape, without
-                need, or, on a CPU, of no part that there is.
+            TypeError, ValueError: ids or part of another dtype or on another device; part of a shape that does not
+                broadcast, none where there are several, or, on a CPU, a number of no part.
             RuntimeError: the table is written meanwhile.
         """
         part = self._check_ids(ids, part)
@@ -330,7 +339,7 @@ class IdTable(nn.Module):
             super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        """Take over another table, of any size, all of it or nothing."""
+        """Take over another table, of any size and number of parts, all of it or nothing."""
         absent = [prefix + name for name in SAVED if prefix + name not in state_dict]
         if absent:
             if len(absent) < len(SAVED):
@@ -443,8 +452,8 @@ class IdTable(nn.Module):
             rows = torch.nonzero(candidate).squeeze(1)
             num_others = len(rows) if self.evicts else 0
             if num > num_others:
-                asked, of = int(wanted[part]), f" of part {part}" if len(self.capacities) > 1 else ""
-                raise TableFull(of, asked - num + num_others, asked, part)
+                asked = int(wanted[part])
+                raise TableFull(asked, asked - num + num_others, part, len(self.capacities))
             rows = rows.roll(-int(torch.searchsorted(rows, self._hands[part])))
             uses = self.uses[begin + rows]
             at_most = uses.kthvalue(num).values

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from recblocks import _checks
-from recblocks.embedding._buckets import Slots, hash_of
+from recblocks.embedding._buckets import Slots, empty, hash_of
 from recblocks.embedding._layout import Group, Ids, PackedIds, Vectors
-from recblocks.embedding.fused_lookup import BACKENDS, FusedEmbeddingLookup, kernel_for, kernel_vectors, pool, rows_of
+from recblocks.embedding.fused_lookup import (
+    BACKENDS,
+    FusedEmbeddingLookup,
+    kernel_for,
+    kernel_vectors,
+    pool,
+    restore_dtypes,
+    rows_of,
+)
 
 _DTYPES = (torch.float32, torch.float16, torch.int8)
 _LARGEST = 127
@@ -27,14 +35,20 @@ def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         (R, D) int8 and (R,) float32; a row of zeros has scale 0.
 
+    Raises:
+        TypeError, ValueError: another dtype or shape.
+
     Example:
         >>> quantize_rows(torch.tensor([[0.5, -1.27], [0.0, 0.0]]))
         (tensor([[  50, -127],
                 [   0,    0]], dtype=torch.int8), tensor([0.0100, 0.0000]))
     """
+    _checks.floating("weight", weight, "R", "D")
+    if weight.shape[1] == 0:
+        raise ValueError(f"weight must have at least one column, got {_checks.describe(weight)}")
     scale = weight.float().abs().amax(1) / _LARGEST
     rows = (weight.float() / torch.where(scale > 0, scale, 1)[:, None]).round()
-    return rows.clamp(-_LARGEST, _LARGEST).to(torch.int8), scale
+    return rows.to(torch.int8), scale
 
 
 class ServingLookup(nn.Module):
@@ -90,19 +104,23 @@ class ServingLookup(nn.Module):
                 self.register_buffer(name, tensor.clone())
             for dim, weight in lookup.weights.items():
                 rows, scale = quantize_rows(weight) if dtype == torch.int8 else (weight.to(dtype, copy=True), None)
+                if not weight.is_meta and bool((rows.isinf() & weight.isfinite()).any()):
+                    raise ValueError(f"lookup must have weights that {dtype} can hold, got {weight.abs().max().item()}")
                 self.register_buffer(f"weight_{dim}", rows.detach())
                 self.register_buffer(f"scale_{dim}", None if scale is None else scale.detach())
 
     def reset_parameters(self) -> None:
         """Hold no id, and zeros for those that are unseen."""
-        begins = [0, *itertools.accumulate(self._capacities)]
-        fixed = {"hashed": hash_of(0), "begins": begins, "places": self.layout.places(self._capacities)}
+        keys, rows = empty(self.keys.shape[0], self.keys.device)
+        begins = torch.tensor([0, *itertools.accumulate(self._capacities)])
+        places = torch.tensor(self.layout.places(self._capacities))
+        fixed = {"keys": keys, "rows": rows, "hashed": torch.tensor(hash_of(0)), "begins": begins, "places": places}
         for name, tensor in self.named_buffers():
-            tensor.copy_(torch.tensor(fixed[name])) if name in fixed else tensor.fill_(-1 if name == "rows" else 0)
+            tensor.copy_(fixed.get(name, torch.zeros((), dtype=tensor.dtype)))
 
     def forward(self, features: Mapping[str, Ids] | PackedIds) -> Vectors:
         """Look all features up, like `FusedEmbeddingLookup.forward`."""
-        groups = (features if isinstance(features, PackedIds) else self.pack(features)).groups
+        groups = self.layout.groups(features, self.places.device)
         slots, kernel = (
             Slots(self.keys, self.rows, self.hashed, self.begins),
             kernel_for(self.backend, self.keys.device),
@@ -119,7 +137,7 @@ class ServingLookup(nn.Module):
 
     def pack(self, features: Mapping[str, Ids]) -> PackedIds:
         """Lay the ids of all features side by side, like `FusedEmbeddingLookup.pack`."""
-        return self.layout.pack(features)
+        return self.layout.pack(features, self.places.device)
 
     def get_extra_state(self) -> Tensor:
         """What the lookup was made for."""
@@ -142,6 +160,24 @@ class ServingLookup(nn.Module):
             found = found * self.get_buffer(f"scale_{dim}").index_select(0, rows.flatten())[:, None]
         return found.view(*rows.shape, dim) if group.offsets is None else pool(found, group.offsets, group.kind)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ServingLookup:
+        """Move, and cast nothing: what the rows are was said when it was made."""
+        kept = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        restore_dtypes(self, kept)
+        return self
+
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        """Take over another one, whatever its capacities, of the same features and dtype."""
         self.layout.refuse_others(state_dict.get(f"{prefix}_extra_state"))
+        own = dict(self.named_buffers(recurse=False))
+        absent = [name for name in own if prefix + name not in state_dict]
+        if absent and len(absent) < len(own):
+            raise ValueError(f"state_dict must hold all of a lookup, got none of {', '.join(absent)}")
+        if not absent:
+            for name, tensor in own.items():
+                _checks.tensor(f"state_dict[{prefix + name!r}]", state_dict[prefix + name], dtype=tensor.dtype)
+            for name, tensor in own.items():
+                if tensor.shape != state_dict[prefix + name].shape:
+                    setattr(self, name, torch.empty_like(state_dict[prefix + name], device=tensor.device))
         super()._load_from_state_dict(state_dict, prefix, *args)
