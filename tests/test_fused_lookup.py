@@ -465,6 +465,37 @@ BAD = {
 }
 
 
+def test_bad_features_are_named_where_all_are_alike_too():
+    tables, features = {"t": EmbeddingTable(9, 2)}, {name: IdFeature("t") for name in "abc"}
+    lookup, ids = FusedEmbeddingLookup(tables, features), int64([1, 2, 3])
+    bags = dict.fromkeys("abc", (ids, int64([0, 1, 3])))
+    assert lookup(bags).pooled.shape == (2, 6)
+    for offsets, message in (
+        (int64([1, 1, 3]), "must run from 0 to 3"),
+        (int64([0, 1, 2]), "must run from 0 to 3"),
+        (int64([0, 4, 3]), "must never descend"),
+        (int64([0, 3]), "must have the same number of rows"),
+        (int64([]), r"must have shape \(B\+1,\) with B of at least 0"),
+        (torch.zeros(3), "must be int64, got a float32"),
+        (int64([0, 1, 3])[None], r"must have shape \(B \+ 1\)"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            lookup({**bags, "b": (ids, offsets)})
+        with pytest.raises((TypeError, ValueError)):
+            lookup(dict.fromkeys("abc", (ids, offsets.float())))
+    for wrong, message in ((ids.float(), "int64"), (ids.to("meta"), "must be on cpu like the lookup, got meta")):
+        with pytest.raises((TypeError, ValueError), match=message):
+            lookup(dict.fromkeys("abc", wrong))
+        with pytest.raises((TypeError, ValueError), match=message):
+            lookup(dict.fromkeys("abc", (wrong, int64([0, 3]))))
+    with pytest.raises(ValueError, match="same number of rows, got 2 for 'b' and 3 for 'a'"):
+        lookup({"a": ids, "b": ids[:2], "c": ids})
+    with pytest.raises(TypeError, match=r"features\['b'\]\[1\] must be a torch.Tensor"):
+        lookup({**bags, "b": (ids, None)})
+    with pytest.raises(TypeError, match=r"features\['b'\] must be a torch.Tensor"):
+        lookup({**bags, "b": (ids,)})
+
+
 @pytest.mark.parametrize("case", BAD)
 def test_bad_features_are_named_and_nothing_is_inserted(case):
     name, value, error, message = BAD[case]

@@ -148,7 +148,8 @@ class Layout:
 
     def pack(self, features: Mapping[str, Ids], device: torch.device) -> PackedIds:
         """Lay a batch side by side."""
-        self._check(features, device)
+        if not self._plainly_fits(features, device):
+            self._check(features, device)
         kinds: dict[tuple[int, Literal["one", "each", "sum", "mean"]], list[str]] = {}
         for name, one in self.features.items():
             ids = features[name]
@@ -191,16 +192,44 @@ class Layout:
             numbers = torch.stack([numbers[place[name]] for name in names])
         if kind == "one":
             return Group(kind, tuple(names), (), torch.stack([ids for ids, _ in given], 1), numbers, None)
-        shapes = [tuple(ids.shape) for ids, _ in given]
-        sizes = [math.prod(shape) for shape in shapes]
-        ids = torch.cat([ids.flatten() for ids, _ in given])
-        feature = torch.cat([number.expand(size) for number, size in zip(numbers, sizes, strict=True)])
+        every = torch.cat([ids.flatten() for ids, _ in given])
         if kind == "each":
-            return Group(kind, tuple(names), tuple(shapes), ids, feature, None)
-        begins = itertools.accumulate(sizes, initial=0)
-        bags = [begin + _offsets(*one)[:-1] for begin, one in zip(begins, given, strict=False)]
-        offsets = torch.cat([*bags, ids.new_full((1,), ids.shape[0])])
-        return Group(kind, tuple(names), (), ids, feature, offsets)
+            shapes = tuple(tuple(ids.shape) for ids, _ in given)
+            of = [number.expand(math.prod(shape)) for number, shape in zip(numbers, shapes, strict=True)]
+            return Group(kind, tuple(names), shapes, every, torch.cat(of), None)
+        offsets = torch.stack([_offsets(*one) for one in given])
+        sizes = offsets[:, -1]
+        begins = (sizes.cumsum(0) - sizes)[:, None] + offsets[:, :-1]
+        feature = torch.repeat_interleave(numbers, sizes, output_size=every.shape[0])
+        whole = torch.cat([begins.flatten(), every.new_full((1,), every.shape[0])])
+        return Group(kind, tuple(names), (), every, feature, whole)
+
+    def _plainly_fits(self, features: Mapping[str, Ids], device: torch.device) -> bool:
+        """Whether hundreds of features, all alike, are seen to be right at once; else each is looked at."""
+        if torch.compiler.is_compiling() or not isinstance(features, Mapping):
+            return False
+        if features.keys() != self.features.keys():
+            return False
+        given = list(features.values())
+        if all(isinstance(one, Tensor) for one in given):
+            kinds = {(one.dtype, one.device, one.shape) for one in given if isinstance(one, Tensor)}
+            (dtype, place, shape), *others = kinds
+            return not others and dtype == torch.int64 and place == device and len(shape) == 1
+        pairs = [one for one in given if isinstance(one, tuple) and len(one) == 2]
+        if len(pairs) < len(given) or len(self.pooled) < len(given):
+            return False
+        if not all(isinstance(one, Tensor) for pair in pairs for one in pair):
+            return False
+        ids = {(one.dtype, one.device, one.ndim) for one, _ in pairs}
+        offsets = {(one.dtype, one.device, one.ndim, one.shape) for _, one in pairs}
+        wanted = (torch.int64, device, 1)
+        if ids != {wanted} or len(offsets) > 1 or next(iter(offsets))[:3] != wanted or not len(pairs[0][1]):
+            return False
+        if not _checks.readable(pairs[0][1]):
+            return True
+        every = torch.stack([one for _, one in pairs])
+        runs = (every[:, 0] == 0) & (every[:, -1] == torch.tensor([len(one) for one, _ in pairs]))
+        return bool((runs & (every.diff(dim=1) >= 0).all(1)).all())
 
     def _check(self, features: Mapping[str, Ids], device: torch.device) -> None:
         if not isinstance(features, Mapping):

@@ -373,6 +373,8 @@ class FusedEmbeddingLookup(nn.Module):
     def _vectors(self, group: Group, rows: Tensor) -> Tensor:
         dim = self.layout.dim_of[group.names[0]]
         weight = self.weights[str(dim)]
+        if not torch.is_grad_enabled():
+            weight = weight.detach()  # torch then leaves out what a backward would need
         sparse = self.gradient == "sparse"
         if group.offsets is not None:
             return pool(weight, group.offsets, group.kind, rows, sparse=sparse)
