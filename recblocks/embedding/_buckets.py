@@ -202,14 +202,16 @@ def place(slots: Slots, hashes: Tensor, given: Tensor, changes: Changes | None =
 
 def empty(num_buckets: int, device: torch.device | str | int | None) -> tuple[Tensor, Tensor]:
     """Keys and rows of buckets in which nothing stands."""
-    slot = torch.arange(num_buckets, device=device)[:, None].expand(num_buckets, BUCKET) * BUCKET
-    rows = torch.full((num_buckets, BUCKET), -1, dtype=torch.int32, device=device)
-    return key_of_nothing(slot, num_buckets), rows
+    keys = torch.empty(num_buckets, BUCKET, dtype=torch.int64, device=device)
+    for begin in range(0, num_buckets, CHUNK):
+        bucket = torch.arange(begin, min(begin + CHUNK, num_buckets), device=device)
+        keys[begin : begin + CHUNK] = key_of_nothing(bucket, num_buckets)[:, None]
+    return keys, torch.full((num_buckets, BUCKET), -1, dtype=torch.int32, device=device)
 
 
-def key_of_nothing(slot: Tensor, num_buckets: int) -> Tensor:
-    """What stands in slots where nothing does: a hash that names the next bucket, and it alone."""
-    other = (slot // BUCKET + 1) % num_buckets
+def key_of_nothing(bucket: Tensor, num_buckets: int) -> Tensor:
+    """What stands in the slots of buckets where nothing does: a hash that names the next bucket, and it alone."""
+    other = (bucket + 1) % num_buckets
     half = ((other << 32) + num_buckets - 1) // num_buckets
     return (half << 32) | half
 

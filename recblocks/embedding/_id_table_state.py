@@ -57,7 +57,7 @@ def check_state(given: dict[str, Tensor], prefix: str, *, counts_uses: bool) -> 
     slots = _buckets.Slots(keys, rows, given["hashed"], given["begins"])
     for at in torch.split(torch.arange(keys.numel(), device=keys.device), _buckets.CHUNK):
         hashes, stands = keys.flatten()[at], rows.flatten()[at] >= 0
-        nothing = _buckets.key_of_nothing(at, keys.shape[0])
+        nothing = _buckets.key_of_nothing(at // _buckets.BUCKET, keys.shape[0])
         if not torch.equal(torch.where(stands, _buckets.find_slots(hashes, slots), at), at):
             raise ValueError(f"{name['keys']} must hold each id once, in one of its two buckets, got others")
         if not torch.equal(torch.where(stands, nothing, hashes), nothing):

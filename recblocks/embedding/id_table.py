@@ -478,7 +478,7 @@ class IdTable(nn.Module):
     def _empty_slots(self, slot: Tensor, changes: _buckets.Changes) -> None:
         freed = self.rows.view(-1)[slot].long()
         changes.set(self.rows.view(-1), slot, torch.full_like(slot, -1))
-        changes.set(self.keys.view(-1), slot, _buckets.key_of_nothing(slot, self.keys.shape[0]))
+        changes.set(self.keys.view(-1), slot, _buckets.key_of_nothing(slot // _buckets.BUCKET, self.keys.shape[0]))
         self._free = _free_rows.give_back(self._free, freed)
 
     def _place(self, ids: Tensor, rows: Tensor, changes: _buckets.Changes) -> None:
