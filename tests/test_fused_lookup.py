@@ -542,7 +542,15 @@ def test_an_insert_that_fails_while_weights_are_drawn_changes_nothing():
     assert lookup.insert(new) == {"items": 20, "users": 20, "tags": 20}
 
 
-@pytest.mark.parametrize("where", ["_widened", "IdTable._grow", "Layout.places"])
+def test_sightings_of_an_insert_that_fails_are_not_counted():
+    lookup = simple(num_features=1, admit_after=2, sketch=CountMinSketch(64, 2))
+    lookup.insert(columns(int64([[5]])))
+    with pytest.raises(TypeError):
+        lookup.insert(columns(int64([[5], [6]])), generator=5)
+    assert lookup.table.sketch.query(int64([5, 6])).tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("where", ["_widened", "IdTable._grow", "Layout.places", "IdTable._remember"])
 def test_a_growth_that_fails_changes_nothing(where, monkeypatch):
     lookup, batch = full_lookup("dense"), bags_of_all()
     before, want = copy.deepcopy(lookup.state_dict()), lookup(batch).pooled.detach()
@@ -571,10 +579,21 @@ def test_weights_take_no_other_shape_while_a_graph_of_theirs_is_alive(gradient):
     other = make(gradient)
     other.grow("items", 60)
     for call in (lambda: lookup.grow("items", 60), lambda: lookup.load_state_dict(other.state_dict())):
-        with pytest.raises(RuntimeError, match="must not run while the graph of an earlier lookup is alive"):
+        with pytest.raises(RuntimeError, match="must not run while the graph of an earlier lookup, or a DDP, is alive"):
             call()
     assert lookup.capacities["items"] == 40
+    swapped = make(gradient)
+    swapped.grow("items", 41)
     del loss
+    seen = lookup(batch).unpooled["seen"].sum()  # of one width alone
+    before = copy.deepcopy(lookup.state_dict())
+    swapped.grow("users", 21)
+    with pytest.raises(RuntimeError, match="delete the last loss and vectors"):
+        lookup.load_state_dict(swapped.state_dict())
+    assert unchanged(lookup, before)
+    del seen
+    with torch.inference_mode():
+        lookup.grow("items", 59)
     lookup.grow("items", 60)
     assert lookup.weights["4"].grad is None
     lookup(batch).pooled.sum().backward()

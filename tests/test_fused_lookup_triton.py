@@ -161,6 +161,18 @@ def test_a_lookup_gives_and_learns_the_same_with_either_backend(gradient):
         torch.testing.assert_close(weight, other.weights[name], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_vectors_have_the_dtype_of_the_weights(dtype):
+    one, other = trained("triton", dtype=dtype), trained("reference", dtype=dtype)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            got, want = one(batch()), other(batch())
+        assert got.pooled.dtype == got.unpooled["seen"].dtype == dtype
+        assert torch.equal(got.unpooled["seen"], want.unpooled["seen"])
+        # Bags of two: sums that are rounded to the weights' dtype once or twice, of numbers below 1.
+        torch.testing.assert_close(got.pooled, want.pooled, rtol=0, atol=4 * torch.finfo(dtype).eps)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int8])
 def test_a_served_lookup_gives_the_same_with_either_backend(dtype):
     lookup = trained("reference")

@@ -105,6 +105,10 @@ def test_a_checkpoint_of_other_capacities_is_taken_and_one_of_another_dtype_refu
         for strict in (True, False):
             with pytest.raises((TypeError, ValueError), match="state_dict"):
                 served.load_state_dict(other.state_dict(), strict=strict)
+    state = served.state_dict()
+    for name in ("rows", "keys", "weight_4", "begins", "places"):
+        with pytest.raises(ValueError, match="state_dict"):
+            served.load_state_dict({**state, name: state[name][:2]})
     assert torch.equal(served(features).pooled, want)
     lookup.grow("users", 33)
     lookup.insert({name: ids + 50 if isinstance(ids, torch.Tensor) else ids for name, ids in features.items()})

@@ -225,10 +225,12 @@ class Layout:
         wanted = (torch.int64, device, 1)
         if ids != {wanted} or len(offsets) > 1 or next(iter(offsets))[:3] != wanted or not len(pairs[0][1]):
             return False
+        if {type(one) for _, one in pairs} != {Tensor}:
+            return False
         if not _checks.readable(pairs[0][1]):
             return True
         every = torch.stack([one for _, one in pairs])
-        runs = (every[:, 0] == 0) & (every[:, -1] == torch.tensor([len(one) for one, _ in pairs]))
+        runs = (every[:, 0] == 0) & (every[:, -1] == torch.tensor([len(one) for one, _ in pairs], device=device))
         return bool((runs & (every.diff(dim=1) >= 0).all(1)).all())
 
     def _check(self, features: Mapping[str, Ids], device: torch.device) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import itertools
 import math
@@ -163,6 +164,11 @@ class FusedEmbeddingLookup(nn.Module):
         return {name: counts[name] for name in self.layout.tables}
 
     @property
+    def _dtype(self) -> torch.dtype:
+        dtype: torch.dtype = next(iter(self.weights.values())).dtype
+        return dtype
+
+    @property
     def columns(self) -> dict[str, slice]:
         """Where each feature that pools stands in the columns of the pooled vectors."""
         ends = list(itertools.accumulate((self.layout.dim_of[name] for name in self.layout.pooled), initial=0))
@@ -208,11 +214,10 @@ class FusedEmbeddingLookup(nn.Module):
         with contextlib.nullcontext() if compiling else self.table.reading("a lookup"):
             groups = self.layout.groups(features, self.places.device)
             kernel, slots = kernel_for(self.backend, self.places.device), self.table.slots
-            if kernel is not None and not torch.is_grad_enabled():
+            if kernel is not None and not torch.is_grad_enabled() and self._dtype != torch.float64:
                 weights = {dim: weight.detach() for dim, weight in self.weights.items()}
-                return self.layout.vectors(
-                    groups, kernel_vectors(kernel, groups, slots, self.places, weights, {}, self.layout)
-                )
+                found = kernel_vectors(kernel, groups, slots, self.places, weights, {}, self.layout)
+                return self.layout.vectors(groups, [their.to(self._dtype) for their in found])
             rows = rows_of(groups, slots, self.places, kernel)
             if self.gradient in _OPTIMIZERS:
                 return self.layout.vectors(groups, self._trained_vectors(groups, rows))
@@ -291,14 +296,24 @@ class FusedEmbeddingLookup(nn.Module):
 
         Raises:
             TypeError, ValueError: another table or capacity.
-            RuntimeError: the table is read or written meanwhile; or the graph of an earlier lookup is alive, whose
-                backward would not fit: delete the last loss.
+            RuntimeError: the table is read or written meanwhile; or, with "dense" and "sparse", the graph of an earlier
+                lookup is alive, whose backward would not fit: delete the last loss and vectors, or the DDP.
         """
         part = self._part(table)
         had, rows = self.table.capacities[part], self.table.capacity
         capacity = _checks.integer("capacity", capacity, at_least=had, at_most=MOST_ROWS - rows + had)
-        refuse_live_graph(self.weights[str(self.layout.tables[table].dim)], "grow")
-        self.table._write(self._grow, part, capacity)
+        dim = self.layout.tables[table].dim
+        weight, name = self.weights[str(dim)], f"moment_{dim}"
+        refuse_live_graph(weight, "grow")
+        before = weight.data, weight.grad, self.get_buffer(name), self.places
+        try:
+            self.table._write(self._grow, part, capacity)
+        except BaseException:
+            weight.data = before[0]
+            weight.grad = before[1]
+            setattr(self, name, before[2])
+            self.places = before[3]
+            raise
 
     def get_extra_state(self) -> Tensor:
         """What the lookup was made for."""
@@ -316,7 +331,13 @@ class FusedEmbeddingLookup(nn.Module):
 
     def _insert(self, changes: Changes, ids: Tensor, parts: Tensor, generator: torch.Generator | None) -> list[int]:
         """How many new ids of each part; their weights are drawn, and what was there put back if that fails."""
-        begun = self.table._insert(changes, ids, parts if len(self.layout.order) > 1 else None).begun
+        draw = functools.partial(self._draw, generator)
+        begun = self.table._insert(changes, ids, parts if len(self.layout.order) > 1 else None, draw).begun
+        counts: list[int] = torch.searchsorted(begun, self.table.begins).diff().tolist()
+        return counts
+
+    def _draw(self, generator: torch.Generator | None, changes: Changes, begun: Tensor) -> None:
+        """Draw the weights of rows of the id table that are given anew, ascending."""
         nums = torch.searchsorted(begun, self.table.begins).diff()
         bounds = nums.new_tensor(self.table.capacities, dtype=torch.float32).rsqrt().repeat_interleave(nums)
         for dim, parts_of in itertools.groupby(enumerate(self._own_ranges()), key=lambda pair: pair[1].dim):
@@ -328,27 +349,17 @@ class FusedEmbeddingLookup(nn.Module):
             changes.set(weight, at, drawn * bounds[begin:end, None].to(weight.dtype))
             if len(moment):
                 changes.set(moment, at, torch.zeros_like(moment[at]))
-        counts: list[int] = nums.tolist()
-        return counts
 
     def _grow(self, changes: Changes, part: int, capacity: int) -> None:
         more, one = capacity - self.table.capacities[part], self._own_ranges()[part]
-        weight, name = self.weights[str(one.dim)], f"moment_{one.dim}"
-        before = weight.data, self.get_buffer(name), self.places, weight.grad
-        wide, moment = _widened(before[0], one.end, more), before[1]
+        weight, moment = self.weights[str(one.dim)], self.get_buffer(f"moment_{one.dim}")
+        wide = _widened(weight.data, one.end, more)
         moment = _widened(moment, one.end, more) if len(moment) else moment
-        try:
-            self.table._grow(changes, capacity, part)
-            weight.grad = None
-            weight.data = wide
-            setattr(self, name, moment)
-            self.places = self._places()
-        except BaseException:
-            weight.data = before[0]
-            weight.grad = before[3]
-            setattr(self, name, before[1])
-            self.places = before[2]
-            raise
+        self.table._grow(changes, capacity, part)
+        weight.grad = None
+        weight.data = wide
+        setattr(self, f"moment_{one.dim}", moment)
+        self.places = self._places()
 
     def _trained_vectors(self, groups: Sequence[Group], rows: Sequence[Tensor]) -> Sequence[Tensor]:
         """Of all groups; those of one width are one update."""
@@ -394,6 +405,9 @@ class FusedEmbeddingLookup(nn.Module):
         device = self.get_buffer("places").device
         return torch.tensor(self.layout.places(self.table.capacities), device=device)
 
+    def _begins(self) -> Tensor:
+        return torch.tensor([0, *itertools.accumulate(self.table.capacities)], device="cpu")
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedEmbeddingLookup:
         """Move, and cast the weights: sums of squares and the learning rate stay float32."""
         kept = dict(self.named_buffers(recurse=False))
@@ -417,10 +431,12 @@ class FusedEmbeddingLookup(nn.Module):
             if self.anchor is not None:
                 some = state_dict[f"{prefix}weights.{self.layout.dims[0]}"]
                 state_dict[f"{prefix}anchor"] = torch.empty(0, dtype=some.dtype, device=some.device)
+            if not torch.equal(state_dict[f"{prefix}table.begins"].cpu(), self._begins()):
+                for weight in self.weights.values():
+                    refuse_live_graph(weight, "load_state_dict")
             for name, weight in self.weights.items():
                 given = state_dict[f"{prefix}weights.{name}"]
                 if weight.shape != given.shape:
-                    refuse_live_graph(weight, "load_state_dict")
                     weight.grad = None
                     weight.data = torch.empty_like(given, device=weight.device, dtype=weight.dtype)
             for name, tensor in list(self.named_buffers(recurse=False)):
@@ -519,11 +535,12 @@ def refuse_live_graph(weight: Tensor, what: str) -> None:
     """
     if weight.requires_grad and not weight.is_meta:
         edge: Any = torch.autograd.graph.get_gradient_edge
-        edge(weight).node.metadata["recblocks"] = True
-        if edge(weight).node.metadata.pop("recblocks", False):
-            raise RuntimeError(
-                f"{what} must not run while the graph of an earlier lookup is alive: delete the last loss"
-            )
+        with torch.inference_mode(False), torch.enable_grad():
+            edge(weight).node.metadata["recblocks"] = True
+            alive = edge(weight).node.metadata.pop("recblocks", False)
+        if alive:
+            held = "the graph of an earlier lookup, or a DDP, is alive: delete the last loss and vectors, or the DDP"
+            raise RuntimeError(f"{what} must not run while {held}")
 
 
 def restore_dtypes(module: nn.Module, before: Mapping[str, Tensor]) -> None:

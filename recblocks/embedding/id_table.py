@@ -380,7 +380,14 @@ class IdTable(nn.Module):
             setattr(self, name, tensor)
         self._num_writes -= 1
 
-    def _insert(self, changes: _buckets.Changes, ids: Tensor, part: Tensor | None) -> Inserted:
+    def _insert(
+        self,
+        changes: _buckets.Changes,
+        ids: Tensor,
+        part: Tensor | None,
+        begin: Callable[[_buckets.Changes, Tensor], None] | None = None,
+    ) -> Inserted:
+        """Insert; ``begin`` is told the rows that are given, before the sightings are counted, which stay counted."""
         self._refresh()
         unique, part, place, seen = _unique(ids.flatten(), None if part is None else part.expand(ids.shape).flatten())
         rows = _buckets.find(unique, self.slots, part)
@@ -398,6 +405,8 @@ class IdTable(nn.Module):
             uses = self.uses[rows[has_row]] * torch.isin(rows[has_row], begun, invert=True) + seen[has_row]
             changes.set(self.uses, rows[has_row], uses)
         inserted = Inserted(rows[place].view(ids.shape), begun)
+        if begin is not None:
+            begin(changes, begun)
         if self.sketch is not None:
             self.sketch.update(salted, seen)
         return inserted

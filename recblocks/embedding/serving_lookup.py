@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from recblocks import _checks
-from recblocks.embedding._buckets import Slots, empty, hash_of
+from recblocks.embedding._buckets import BUCKET, Slots, empty, hash_of, num_buckets_of
 from recblocks.embedding._layout import Group, Ids, PackedIds, Vectors
 from recblocks.embedding.fused_lookup import (
     BACKENDS,
@@ -160,6 +160,14 @@ class ServingLookup(nn.Module):
             found = found * self.get_buffer(f"scale_{dim}").index_select(0, rows.flatten())[:, None]
         return found.view(*rows.shape, dim) if group.offsets is None else pool(found, group.offsets, group.kind)
 
+    def _shapes(self, capacities: list[int]) -> dict[str, tuple[int, ...]]:
+        slots = num_buckets_of(sum(capacities)), BUCKET
+        shapes: dict[str, tuple[int, ...]] = {"keys": slots, "rows": slots, "hashed": (3,)}
+        shapes |= {"begins": (len(capacities) + 1,), "places": (4, len(self.layout.features))}
+        for dim, num_rows in self.layout.num_rows(capacities).items():
+            shapes |= {f"weight_{dim}": (num_rows, dim), f"scale_{dim}": (num_rows,)}
+        return shapes
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ServingLookup:
         """Move, and cast nothing: what the rows are was said when it was made."""
         kept = dict(self.named_buffers(recurse=False))
@@ -175,8 +183,17 @@ class ServingLookup(nn.Module):
         if absent and len(absent) < len(own):
             raise ValueError(f"state_dict must hold all of a lookup, got none of {', '.join(absent)}")
         if not absent:
+            begins = state_dict[f"{prefix}begins"].tolist()
+            capacities = [end - begin for begin, end in itertools.pairwise(begins)]
+            if len(capacities) != len(self._capacities) or min(capacities) < 1:
+                raise ValueError(f"state_dict must hold {len(self._capacities)} tables, got rows from {begins[:5]} on")
+            shapes = self._shapes(capacities)
             for name, tensor in own.items():
-                _checks.tensor(f"state_dict[{prefix + name!r}]", state_dict[prefix + name], dtype=tensor.dtype)
+                of = f"state_dict[{prefix + name!r}]"
+                _checks.tensor(of, state_dict[prefix + name], *shapes[name], dtype=tensor.dtype)
+            if state_dict[f"{prefix}places"].tolist() != self.layout.places(capacities):
+                raise ValueError(f"state_dict['{prefix}places'] must be those of its tables and features, got others")
+            self._capacities = capacities
             for name, tensor in own.items():
                 if tensor.shape != state_dict[prefix + name].shape:
                     setattr(self, name, torch.empty_like(state_dict[prefix + name], device=tensor.device))
