@@ -86,9 +86,7 @@ def _find_slot_by_slot(ids: Tensor, slots: Slots, part: Tensor | None) -> Tensor
     """For compilers: no slot is a dimension, so that one loop over the ids does it all, and keeps nothing."""
     hashes, keys = hash_ids(ids, slots.hashed, part), slots.keys.view(-1)
     at = torch.full_like(hashes, -1)
-    first, second = bucket_pair(hashes, slots.keys.shape[0])
-    for wanted in (first, second):
-        bucket = torch.where(at < 0, wanted, first)  # what was found is looked for where it is: in memory that is near
+    for bucket in bucket_pair(hashes, slots.keys.shape[0]):
         for slot in range(BUCKET):
             this = bucket * BUCKET + slot
             at = torch.where(keys[this] == hashes, this, at)
