@@ -77,4 +77,5 @@ def fuzz(session: nox.Session) -> None:
 def bench(session: nox.Session) -> None:
     """The speed tables of benchmarks/; name one to run it alone: nox -s bench -- sketch."""
     install(session, "test")
+    install_torchrec(session)  # fbgemm stands beside some rows
     session.run("python", "-m", "benchmarks", *session.posargs)
