@@ -689,12 +689,13 @@ def test_a_reset_lookup_holds_nothing():
 
 def test_new_rows_are_drawn_within_the_bounds_of_their_table_and_by_the_generator():
     tables = {"wide": EmbeddingTable(4, dim=400), "narrow": EmbeddingTable(2500, dim=300)}
-    features = {"a": IdFeature("wide"), "b": IdFeature("narrow", pooling=None), "c": IdFeature("wide", pooling=None)}
+    features = {name: IdFeature(table, pooling=None) for name, table in (("c", "wide"), ("b", "narrow"), ("d", "wide"))}
+    features["a"] = IdFeature("wide")
     lookup = FusedEmbeddingLookup(tables, features)
-    batch = {"a": int64([1, 2]), "b": torch.arange(5), "c": int64([1, 2])}
+    batch = {"a": int64([1, 2]), "b": torch.arange(5), "c": int64([1, 2]), "d": int64([2])}
     lookup.insert(batch, generator=torch.Generator().manual_seed(7))
     vectors = lookup(batch)
-    assert list(vectors.unpooled) == ["b", "c"]
+    assert list(vectors.unpooled) == ["c", "b", "d"]
     for found, bound in ((vectors.pooled, 1 / 2), (vectors.unpooled["b"], 1 / 50)):
         assert bound * 0.9 < found.abs().max() <= bound
     again = FusedEmbeddingLookup(tables, features)

@@ -220,6 +220,31 @@ def test_ids_of_many_parts_that_collide_are_hashed_anew_until_they_do_not():
     assert table.find(ids, part).tolist() == list(range(0, 120, 3))
 
 
+@pytest.mark.parametrize("first", [0, 1, 2])
+def test_an_id_of_another_part_with_the_same_hash_is_another_id(first):
+    table, part = IdTable([3, 3, 3]), torch.arange(3)
+    ids = int64([unmixed(77, 99 << 20, table.hashed, int(one)) for one in part])
+    table.insert(ids[first], int64(first))
+    assert table.find(ids, part).tolist() == [3 * first if one == first else -1 for one in range(3)]
+    assert table.erase(ids[first - 1], int64((first - 1) % 3)).tolist() == -1
+    table.insert(ids[[first, first - 1]], part[[first, first - 1]])
+    together = IdTable([3, 3, 3])
+    together.insert(ids[:2], part[:2])
+    assert together.find(ids, part).tolist() == [0, 3, -1]
+    assert table.num_ids_by_part == [0 if one == (first + 1) % 3 else 1 for one in range(3)]
+    assert (table.find(ids, part) >= 0).tolist() == [one != (first + 1) % 3 for one in range(3)]
+
+
+def test_ids_whose_hash_is_what_empty_slots_hold_are_ids_like_others():
+    table = IdTable(60)
+    nothing = table.keys[:, 0]
+    ids = _buckets.ids_of(nothing, table.hashed, None)
+    assert table.find(ids).tolist() == [-1] * len(ids)
+    assert table.insert(ids).rows.tolist() == list(range(len(ids)))
+    assert table.find(ids).tolist() == list(range(len(ids)))
+    assert table.entries()[0].tolist() == ids.tolist()
+
+
 def test_parts_broadcast_and_are_checked():
     table = IdTable([2, 3], evict="least_used")
     ids = int64([[7, 8], [7, 9]])
