@@ -708,7 +708,9 @@ def test_a_lookup_made_in_inference_mode_trains_outside():
         lookup = make("rowwise_adagrad")
     batch = bags_of_all()
     lookup.insert(batch)
+    before = lookup(batch).pooled.detach()
     loss_of(lookup(batch)).backward()
+    assert not torch.equal(lookup(batch).pooled, before)
 
 
 @pytest.mark.parametrize("gradient", ["sgd", "rowwise_adagrad"])

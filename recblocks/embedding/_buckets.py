@@ -105,6 +105,11 @@ def ids_of(hashes: Tensor, hashed: Tensor, part: Tensor | None) -> Tensor:
     return unmix(mixed if part is None else mixed - part * hashed[2], hashed[0])
 
 
+def ids_in(hashes: Tensor, rows: Tensor, slots: Slots) -> Tensor:
+    """The ids of what stands in slots, by the parts that their rows are of."""
+    return ids_of(hashes, slots.hashed, part_of(rows, slots.begins))
+
+
 def bucket_pair(hashes: Tensor, num_buckets: int) -> tuple[Tensor, Tensor]:
     """The two buckets that hashes name, (...) each."""
     return ((hashes >> 32) & LOW_32) * num_buckets >> 32, (hashes & LOW_32) * num_buckets >> 32
@@ -137,7 +142,7 @@ def entries(slots: Slots) -> Iterator[tuple[Tensor, Tensor]]:
     """The ids that have a row and their rows, some slots at a time."""
     for some, their in zip(*(torch.split(one.flatten(), CHUNK) for one in slots[:2]), strict=True):
         rows = their[their >= 0].long()
-        yield ids_of(some[their >= 0], slots.hashed, part_of(rows, slots.begins)), rows
+        yield ids_in(some[their >= 0], rows, slots), rows
 
 
 class Changes:

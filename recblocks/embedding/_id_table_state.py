@@ -18,6 +18,12 @@ LAYOUT = 1  # of what a checkpoint holds
 SAVED = ("keys", "rows", "uses", "hashed", "begins", "numbers")
 
 
+def capacities_of(begins: Tensor) -> list[int]:
+    """How many rows each part has, for the first rows of the parts and the number of rows."""
+    capacities: list[int] = begins.diff().tolist()
+    return capacities
+
+
 def check_sketch(sketch: CountMinSketch | None, state_dict: Mapping[str, Any], prefix: str) -> None:
     """Refuse sightings of another sketch, half of one, or any where none are counted."""
     wanted = {} if sketch is None else {prefix + name: tensor.shape for name, tensor in sketch.named_buffers()}

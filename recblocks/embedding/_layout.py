@@ -133,6 +133,11 @@ class Layout:
         if described is not None:
             self._refuse("state_dict", bytes(described.tolist()).decode())
 
+    def refuse_places(self, places: Tensor, capacities: Sequence[int], prefix: str) -> None:
+        """Refuse a checkpoint whose features have their rows elsewhere."""
+        if places.tolist() != self.places(capacities):
+            raise ValueError(f"state_dict['{prefix}places'] must be those of its tables and features, got others")
+
     def groups(self, features: Mapping[str, Ids] | PackedIds, device: torch.device) -> Sequence[Group]:
         """Those of a batch, packed or not."""
         packed = features if isinstance(features, PackedIds) else self.pack(features, device)
@@ -264,6 +269,14 @@ class Layout:
             first, other = self.pooled[0], wrong[0]
             rows = f"{sizes[other]} for {other!r} and {sizes[first]} for {first!r}"
             raise ValueError(f"features that pool must have the same number of rows, got {rows}")
+
+
+def holds_all(state_dict: Mapping[str, object], wanted: Sequence[str]) -> bool:
+    """Whether a checkpoint holds all of a lookup, which it must where it holds any."""
+    absent = [name for name in wanted if name not in state_dict]
+    if absent and len(absent) < len(wanted):
+        raise ValueError(f"state_dict must hold all of a lookup, got none of {', '.join(absent)}")
+    return not absent
 
 
 def _parts(given: Ids) -> tuple[Tensor, Tensor | None]:

@@ -18,8 +18,18 @@ from torch.nn import Parameter, functional
 from recblocks import _checks
 from recblocks._hashing import FIRST, GOLDEN, LOW_32, mix, signed
 from recblocks.embedding._buckets import Changes, Slots, find
-from recblocks.embedding._id_table_state import MOST_ROWS, SAVED, check_sketch, check_state
-from recblocks.embedding._layout import EmbeddingTable, Group, IdFeature, Ids, Layout, PackedIds, Range, Vectors
+from recblocks.embedding._id_table_state import MOST_ROWS, SAVED, capacities_of, check_sketch, check_state
+from recblocks.embedding._layout import (
+    EmbeddingTable,
+    Group,
+    IdFeature,
+    Ids,
+    Layout,
+    PackedIds,
+    Range,
+    Vectors,
+    holds_all,
+)
 from recblocks.embedding._row_updates import gather_and_train
 from recblocks.embedding.id_table import IdTable, TableFull
 from recblocks.sketch import CountMinSketch
@@ -405,9 +415,6 @@ class FusedEmbeddingLookup(nn.Module):
         device = self.get_buffer("places").device
         return torch.tensor(self.layout.places(self.table.capacities), device=device)
 
-    def _begins(self) -> Tensor:
-        return torch.tensor([0, *itertools.accumulate(self.table.capacities)], device="cpu")
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedEmbeddingLookup:
         """Move, and cast the weights: sums of squares and the learning rate stay float32."""
         kept = dict(self.named_buffers(recurse=False))
@@ -423,15 +430,12 @@ class FusedEmbeddingLookup(nn.Module):
         """Take over another lookup for the same features, whatever its capacities, all of it or nothing."""
         self.layout.refuse_others(state_dict.get(f"{prefix}_extra_state"))
         wanted = [prefix + name for name in self.state_dict() if not name.startswith("table.sketch")]
-        absent = [name for name in wanted if name not in state_dict]
-        if absent and len(absent) < len(wanted):
-            raise ValueError(f"state_dict must hold all of a lookup, got none of {', '.join(absent)}")
-        if not absent:
-            self._check_state(state_dict, prefix)
+        if holds_all(state_dict, wanted):
+            capacities = self._check_state(state_dict, prefix)
             if self.anchor is not None:
                 some = state_dict[f"{prefix}weights.{self.layout.dims[0]}"]
                 state_dict[f"{prefix}anchor"] = torch.empty(0, dtype=some.dtype, device=some.device)
-            if not torch.equal(state_dict[f"{prefix}table.begins"].cpu(), self._begins()):
+            if capacities != self.table.capacities:
                 for weight in self.weights.values():
                     refuse_live_graph(weight, "load_state_dict")
             for name, weight in self.weights.items():
@@ -445,8 +449,8 @@ class FusedEmbeddingLookup(nn.Module):
                     setattr(self, name, torch.empty_like(given, device=tensor.device, dtype=tensor.dtype))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def _check_state(self, state_dict: Mapping[str, Any], prefix: str) -> None:
-        """Refuse what cannot be a lookup of these tables and features."""
+    def _check_state(self, state_dict: Mapping[str, Any], prefix: str) -> list[int]:
+        """Refuse what cannot be a lookup of these tables and features; their capacities."""
         table = {name: state_dict[f"{prefix}table.{name}"] for name in SAVED}
         check_state(table, f"{prefix}table.", counts_uses=self.table.evicts is not None)
         check_sketch(self.table.sketch, state_dict, f"{prefix}table.sketch.")
@@ -454,8 +458,7 @@ class FusedEmbeddingLookup(nn.Module):
         _checks.tensor(rate, state_dict[f"{prefix}learning_rate"], dtype=torch.float32)
         if state_dict[f"{prefix}learning_rate"].ndim:
             raise ValueError(f"{rate} must be one number, got {_checks.describe(state_dict[f'{prefix}learning_rate'])}")
-        begins = table["begins"].tolist()
-        capacities = [end - begin for begin, end in itertools.pairwise(begins)]
+        capacities = capacities_of(table["begins"])
         if len(capacities) != len(self.layout.order):
             raise ValueError(f"state_dict must hold {len(self.layout.order)} tables, got {len(capacities)}")
         for dim, num_rows in self.layout.num_rows(capacities).items():
@@ -464,9 +467,8 @@ class FusedEmbeddingLookup(nn.Module):
             )
             num_moments = num_rows if self.gradient == "rowwise_adagrad" else 0
             _checks.floating(f"state_dict['{prefix}moment_{dim}']", state_dict[f"{prefix}moment_{dim}"], num_moments)
-        places = self.layout.places(capacities)
-        if state_dict[f"{prefix}places"].tolist() != places:
-            raise ValueError(f"state_dict['{prefix}places'] must be those of its tables and features, got others")
+        self.layout.refuse_places(state_dict[f"{prefix}places"], capacities, prefix)
+        return capacities
 
 
 def pool(weight: Tensor, offsets: Tensor, mode: str, rows: Tensor | None = None, *, sparse: bool = False) -> Tensor:

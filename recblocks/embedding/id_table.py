@@ -17,7 +17,7 @@ from recblocks import _checks
 from recblocks._files import replacing
 from recblocks._hashing import GOLDEN, signed
 from recblocks.embedding import _buckets, _free_rows
-from recblocks.embedding._id_table_state import LAYOUT, MOST_ROWS, SAVED, check_sketch, check_state
+from recblocks.embedding._id_table_state import LAYOUT, MOST_ROWS, SAVED, capacities_of, check_sketch, check_state
 from recblocks.sketch import CountMinSketch
 
 _STATE = (*SAVED, "capacities", "_free", "_hands", "_num_writes")
@@ -281,8 +281,7 @@ class IdTable(nn.Module):
         with self.reading("entries"):
             stands = self.rows >= 0
             rows, order = self.rows[stands].long().sort()
-            hashes = self.keys[stands][order]
-            return _buckets.ids_of(hashes, self.hashed, _buckets.part_of(rows, self.begins)), rows
+            return _buckets.ids_in(self.keys[stands][order], rows, self.slots), rows
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the table to a file, all of it or nothing: a file that was there stays until the new one is whole."""
@@ -479,8 +478,7 @@ class IdTable(nn.Module):
         gone[rows] = True
         slot = torch.nonzero(gone[self.rows.view(-1)]).squeeze(1)
         freed, order = self.rows.view(-1)[slot].long().sort()
-        hashes = self.keys.view(-1)[slot[order]]
-        ids = _buckets.ids_of(hashes, self.hashed, _buckets.part_of(freed, self.begins))
+        ids = _buckets.ids_in(self.keys.view(-1)[slot[order]], freed, self.slots)
         self._empty_slots(slot, changes)
         return ids, freed
 
@@ -495,7 +493,7 @@ class IdTable(nn.Module):
         hashes = self._hashes(ids, rows, self.hashed)
         left, their = _buckets.place(self.slots, hashes, rows, changes)
         if len(left):
-            ids = _buckets.ids_of(left, self.hashed, _buckets.part_of(their, self.begins))
+            ids = _buckets.ids_in(left, their, self.slots)
             self._rehash(self.keys.shape[0], _buckets.next_hash(self.hashed), (ids, their))
 
     def _rehash(self, num_buckets: int, hashed: Tensor, *more: tuple[Tensor, Tensor]) -> None:
@@ -553,7 +551,7 @@ class IdTable(nn.Module):
             shapes = f"{self.rows.shape[0]} buckets and {self.uses.shape[0]} uses"
             raise ValueError(f"begins must be those of the table's other buffers, got {begins[-1]} rows for {shapes}")
         self._free = _free_rows.not_in(self.rows, self.begins)
-        self.capacities = [end - begin for begin, end in itertools.pairwise(begins)]
+        self.capacities = capacities_of(self.begins)
         self._hands, self._num_writes = hands, num_writes
 
     def _write(self, work: Callable[..., _T], *args: Any) -> _T:

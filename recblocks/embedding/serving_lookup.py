@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from recblocks import _checks
 from recblocks.embedding._buckets import BUCKET, Slots, empty, hash_of, num_buckets_of
-from recblocks.embedding._layout import Group, Ids, PackedIds, Vectors
+from recblocks.embedding._id_table_state import capacities_of
+from recblocks.embedding._layout import Group, Ids, PackedIds, Vectors, holds_all
 from recblocks.embedding.fused_lookup import (
     BACKENDS,
     FusedEmbeddingLookup,
@@ -121,10 +122,8 @@ class ServingLookup(nn.Module):
     def forward(self, features: Mapping[str, Ids] | PackedIds) -> Vectors:
         """Look all features up, like `FusedEmbeddingLookup.forward`."""
         groups = self.layout.groups(features, self.places.device)
-        slots, kernel = (
-            Slots(self.keys, self.rows, self.hashed, self.begins),
-            kernel_for(self.backend, self.keys.device),
-        )
+        slots = Slots(self.keys, self.rows, self.hashed, self.begins)
+        kernel = kernel_for(self.backend, self.keys.device)
         if kernel is not None:
             weights = {str(dim): self.get_buffer(f"weight_{dim}") for dim in self.layout.dims}
             quantized = self.dtype == torch.int8
@@ -179,20 +178,15 @@ class ServingLookup(nn.Module):
         """Take over another one, whatever its capacities, of the same features and dtype."""
         self.layout.refuse_others(state_dict.get(f"{prefix}_extra_state"))
         own = dict(self.named_buffers(recurse=False))
-        absent = [name for name in own if prefix + name not in state_dict]
-        if absent and len(absent) < len(own):
-            raise ValueError(f"state_dict must hold all of a lookup, got none of {', '.join(absent)}")
-        if not absent:
-            begins = state_dict[f"{prefix}begins"].tolist()
-            capacities = [end - begin for begin, end in itertools.pairwise(begins)]
+        if holds_all(state_dict, [prefix + name for name in own]):
+            capacities = capacities_of(state_dict[f"{prefix}begins"])
             if len(capacities) != len(self._capacities) or min(capacities) < 1:
-                raise ValueError(f"state_dict must hold {len(self._capacities)} tables, got rows from {begins[:5]} on")
+                raise ValueError(f"state_dict must hold {len(self._capacities)} tables, got of {capacities[:5]} rows")
             shapes = self._shapes(capacities)
             for name, tensor in own.items():
                 of = f"state_dict[{prefix + name!r}]"
                 _checks.tensor(of, state_dict[prefix + name], *shapes[name], dtype=tensor.dtype)
-            if state_dict[f"{prefix}places"].tolist() != self.layout.places(capacities):
-                raise ValueError(f"state_dict['{prefix}places'] must be those of its tables and features, got others")
+            self.layout.refuse_places(state_dict[f"{prefix}places"], capacities, prefix)
             self._capacities = capacities
             for name, tensor in own.items():
                 if tensor.shape != state_dict[prefix + name].shape:
