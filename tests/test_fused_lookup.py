@@ -15,8 +15,8 @@ from torch.nn import functional
 import recblocks
 from recblocks import CountMinSketch, EmbeddingTable, FusedEmbeddingLookup, IdFeature
 from recblocks.embedding import _buckets, fused_lookup
+from recblocks.embedding._gather import lookup_rows
 from recblocks.embedding._layout import Layout
-from recblocks.embedding.fused_lookup import lookup_rows
 
 LOWEST, HIGHEST = -(2**63), 2**63 - 1
 SPECIAL = [0, -1, LOWEST, HIGHEST]

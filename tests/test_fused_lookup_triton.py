@@ -6,12 +6,13 @@ import sys
 
 import pytest
 import torch
+from lookups import FEATURES, TABLES
 from torch.nn import functional
 
 pytest.importorskip("triton")
 
 from recblocks import EmbeddingTable, FusedEmbeddingLookup, IdFeature, ServingLookup
-from recblocks.embedding.fused_lookup import lookup_rows
+from recblocks.embedding._gather import lookup_rows
 from recblocks.kernels.fused_lookup import triton as kernel
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -109,15 +110,6 @@ def test_no_ids_and_no_bags_give_nothing():
 
 
 # --- the Modules ---
-
-TABLES = {"items": EmbeddingTable(40, dim=4), "users": EmbeddingTable(20, dim=3)}
-FEATURES = {
-    "user": IdFeature("users", num_unseen=2),
-    "item": IdFeature("items"),
-    "liked": IdFeature("items", pooling="mean"),
-    "tags": IdFeature("items", pooling="sum"),
-    "seen": IdFeature("items", pooling=None),
-}
 
 
 def batch():

@@ -4,17 +4,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from lookups import FEATURES, TABLES
 
 from recblocks import EmbeddingTable, FusedEmbeddingLookup, IdFeature, ServingLookup, quantize_rows
 
-TABLES = {"items": EmbeddingTable(40, dim=4), "users": EmbeddingTable(20, dim=3)}
-FEATURES = {
-    "user": IdFeature("users", num_unseen=2),
-    "item": IdFeature("items"),
-    "liked": IdFeature("items", pooling="mean"),
-    "tags": IdFeature("items", pooling="sum"),
-    "seen": IdFeature("items", pooling=None),
-}
 DTYPES = [torch.float32, torch.float16, torch.int8]
 
 

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.util
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from types import ModuleType
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import Parameter, functional
+from torch.nn import Parameter
 
 from recblocks import _checks
-from recblocks._hashing import FIRST, GOLDEN, LOW_32, mix, signed
-from recblocks.embedding._buckets import Changes, Slots, find
+from recblocks.embedding._buckets import Changes
+from recblocks.embedding._gather import (
+    BACKENDS,
+    kernel_for,
+    kernel_vectors,
+    pool,
+    restore_dtypes,
+    rows_of,
+    side_by_side,
+)
 from recblocks.embedding._id_table_state import MOST_ROWS, SAVED, capacities_of, check_sketch, check_state
 from recblocks.embedding._layout import (
     EmbeddingTable,
@@ -34,38 +40,8 @@ from recblocks.embedding._row_updates import gather_and_train
 from recblocks.embedding.id_table import IdTable, TableFull
 from recblocks.sketch import CountMinSketch
 
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
-BACKENDS = ("auto", "reference", "triton")
 _OPTIMIZERS = ("sgd", "rowwise_adagrad")
 _GRADIENTS = ("dense", "sparse", *_OPTIMIZERS)
-
-
-def lookup_rows(ids: Tensor, slots: Slots, places: Tensor) -> Tensor:
-    """Rows of a weight for the ids of several features: a table's, or one of those for unseen ids.
-
-    ``r + shift`` where the feature's part of the table says r; else ``first + ⌊h u / 2³²⌋``, where h is 32 bits of a
-    hash of the id that stays the same whatever the table does, for u rows from ``first`` on.
-
-    Args:
-        ids: (...) int64.
-        slots: of the id table.
-        places: (4, ...) int64, the part, shift, first unseen row and number of unseen rows u of each id's feature;
-            broadcasts against ids.
-
-    Returns:
-        (...) int64.
-
-    Example:
-        >>> table = IdTable(2)
-        >>> _ = table.insert(torch.tensor([50, 60]))
-        >>> slots = Slots(table.keys, table.rows, table.hashed, table.begins)
-        >>> lookup_rows(torch.tensor([60, 70, 50]), slots, torch.tensor([[0], [1], [0], [1]]))
-        tensor([2, 0, 1])
-    """
-    part, shift, first, num_unseen = places.unbind()
-    rows = find(ids, slots, None if slots.begins.shape[0] == 2 else part)
-    unseen = ((mix(ids, signed(GOLDEN)) * signed(FIRST) >> 32) & LOW_32) * num_unseen >> 32
-    return torch.where(rows < 0, first + unseen, rows + shift)
 
 
 class FusedEmbeddingLookup(nn.Module):
@@ -264,7 +240,7 @@ class FusedEmbeddingLookup(nn.Module):
             TypeError, ValueError: like `forward`'s; `TableFull` for more new ids than a table has rows for.
             RuntimeError: the table is read or written meanwhile; or ids that no hash function can place.
         """
-        ids, feature = _side_by_side(self.layout.groups(features, self.places.device))
+        ids, feature = side_by_side(self.layout.groups(features, self.places.device))
         try:
             nums = self.table._write(self._insert, ids, self.places[0, feature], generator)
         except TableFull as full:
@@ -471,65 +447,6 @@ class FusedEmbeddingLookup(nn.Module):
         return capacities
 
 
-def pool(weight: Tensor, offsets: Tensor, mode: str, rows: Tensor | None = None, *, sparse: bool = False) -> Tensor:
-    """Sum or mean of the rows (N,) of each bag, (B, D), zeros for an empty one; None: all rows in turn."""
-    rows = torch.arange(weight.shape[0], device=weight.device) if rows is None else rows
-    return functional.embedding_bag(rows, weight, offsets, mode=mode, sparse=sparse, include_last_offset=True)
-
-
-def kernel_for(backend: str, device: torch.device) -> ModuleType | None:
-    """The Triton kernels, where they run, or None for plain torch."""
-    if backend == "reference" or (backend == "auto" and not (device.type == "cuda" and _HAS_TRITON)):
-        return None
-    if not _HAS_TRITON:
-        _checks.optional("triton", "pip install triton")
-    from recblocks.kernels.fused_lookup import triton
-
-    return triton
-
-
-def rows_of(
-    groups: Sequence[Group], slots: Slots, places: Tensor, kernel: ModuleType | None = None
-) -> Sequence[Tensor]:
-    """The rows of all ids, which are looked for in one go; places are (4, F)."""
-
-    def look_up(ids: Tensor, feature: Tensor) -> Tensor:
-        if kernel is None:
-            return lookup_rows(ids, slots, places[:, feature])
-        found: Tensor = kernel.lookup_rows(ids, feature, places, *slots)
-        return found
-
-    if len(groups) == 1:
-        return [look_up(groups[0].ids, groups[0].feature)]
-    pieces = torch.split(look_up(*_side_by_side(groups)), [group.ids.numel() for group in groups])
-    return [piece.view(group.ids.shape) for piece, group in zip(pieces, groups, strict=True)]
-
-
-def kernel_vectors(
-    kernel: ModuleType,
-    groups: Sequence[Group],
-    slots: Slots,
-    places: Tensor,
-    weights: Mapping[str, Tensor],
-    scales: Mapping[str, Tensor],
-    layout: Layout,
-) -> Sequence[Tensor]:
-    """What `Layout.vectors` takes, from one kernel for all features of a group; no gradient."""
-    found = []
-    for group in groups:
-        dim = str(layout.dim_of[group.names[0]])
-        scale, mean = scales.get(dim), group.kind == "mean"
-        where = group.ids, group.feature, places, *slots
-        found.append(kernel.lookup_vectors(*where, weights[dim], scale, group.offsets, mean))
-    return found
-
-
-def _side_by_side(groups: Sequence[Group]) -> tuple[Tensor, Tensor]:
-    """All ids and the feature of each, (N,)."""
-    ids = torch.cat([group.ids.flatten() for group in groups])
-    return ids, torch.cat([group.feature.expand_as(group.ids).flatten() for group in groups])
-
-
 def refuse_live_graph(weight: Tensor, what: str) -> None:
     """Refuse to give a weight another shape while a graph is alive whose backward would bring a gradient of this one.
 
@@ -543,14 +460,6 @@ def refuse_live_graph(weight: Tensor, what: str) -> None:
         if alive:
             held = "the graph of an earlier lookup, or a DDP, is alive: delete the last loss and vectors, or the DDP"
             raise RuntimeError(f"{what} must not run while {held}")
-
-
-def restore_dtypes(module: nn.Module, before: Mapping[str, Tensor]) -> None:
-    """Undo the casts of some buffers, where they have gone."""
-    for name, tensor in before.items():
-        after = module.get_buffer(name)
-        if after.dtype != tensor.dtype:
-            setattr(module, name, tensor.to(after.device))
 
 
 def _widened(rows: Tensor, end: int, more: int) -> Tensor:

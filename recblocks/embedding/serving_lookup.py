@@ -11,17 +11,10 @@ from torch import Tensor, nn
 
 from recblocks import _checks
 from recblocks.embedding._buckets import BUCKET, Slots, empty, hash_of, num_buckets_of
+from recblocks.embedding._gather import BACKENDS, kernel_for, kernel_vectors, pool, restore_dtypes, rows_of
 from recblocks.embedding._id_table_state import capacities_of
 from recblocks.embedding._layout import Group, Ids, PackedIds, Vectors, holds_all
-from recblocks.embedding.fused_lookup import (
-    BACKENDS,
-    FusedEmbeddingLookup,
-    kernel_for,
-    kernel_vectors,
-    pool,
-    restore_dtypes,
-    rows_of,
-)
+from recblocks.embedding.fused_lookup import FusedEmbeddingLookup
 
 _DTYPES = (torch.float32, torch.float16, torch.int8)
 _LARGEST = 127

@@ -142,7 +142,7 @@ def bags(
 def lookup_rows(
     ids: Tensor, feature: Tensor, places: Tensor, keys: Tensor, rows: Tensor, hashed: Tensor, begins: Tensor
 ) -> Tensor:
-    """(...) the rows of the weight; like `recblocks.embedding.fused_lookup.lookup_rows` with ``places[:, feature]``."""
+    """(...) the rows of the weight; like `recblocks.embedding._gather.lookup_rows` with ``places[:, feature]``."""
     found = torch.empty(ids.shape, dtype=torch.int64, device=ids.device)
     if ids.numel():
         table = _contiguous(places, keys, rows, hashed, begins)
@@ -174,7 +174,7 @@ def lookup_vectors(
     Args:
         ids: (...) int64; (N,) with offsets.
         feature: (F,) that broadcasts against ids, or (N,), int64.
-        places: (4, F) int64, what `recblocks.embedding.fused_lookup.lookup_rows` takes of each feature.
+        places: (4, F) int64, what `recblocks.embedding._gather.lookup_rows` takes of each feature.
         keys: (B, 8) int64.
         rows: (B, 8) int32.
         hashed: (3,) int64.
