@@ -107,6 +107,13 @@ def side_by_side(groups: Sequence[Group]) -> tuple[Tensor, Tensor]:
     return ids, torch.cat([group.feature.expand_as(group.ids).flatten() for group in groups])
 
 
+def by_feature(groups: Sequence[Group]) -> tuple[Tensor, Tensor]:
+    """The same in the order of the features, those of each as they stand in the batch."""
+    ids, feature = side_by_side(groups)
+    order = feature.argsort(stable=True)
+    return ids[order], feature[order]
+
+
 def restore_dtypes(module: nn.Module, before: Mapping[str, Tensor]) -> None:
     """Undo the casts of some buffers, where they have gone."""
     for name, tensor in before.items():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -15,14 +14,15 @@ from torch.nn import Parameter
 
 from recblocks import _checks
 from recblocks.embedding._buckets import Changes
+from recblocks.embedding._first_weights import draw_rows, draw_unseen
 from recblocks.embedding._gather import (
     BACKENDS,
+    by_feature,
     kernel_for,
     kernel_vectors,
     pool,
     restore_dtypes,
     rows_of,
-    side_by_side,
 )
 from recblocks.embedding._id_table_state import MOST_ROWS, SAVED, capacities_of, check_sketch, check_state
 from recblocks.embedding._layout import (
@@ -177,8 +177,8 @@ class FusedEmbeddingLookup(nn.Module):
                 tensor.zero_()
             for one in self.layout.ranges(self.table.capacities):
                 if one.feature is not None:
-                    bound = 1 / math.sqrt(self.capacities[one.table])
-                    self.weights[str(one.dim)][one.begin : one.end].uniform_(-bound, bound, generator=generator)
+                    rows = self.weights[str(one.dim)][one.begin : one.end]
+                    draw_unseen(rows, self.capacities[one.table], generator)
 
     def forward(self, features: Mapping[str, Ids] | PackedIds) -> Vectors:
         """Look all features up.
@@ -229,6 +229,8 @@ class FusedEmbeddingLookup(nn.Module):
     ) -> dict[str, int]:
         """Give the ids that have no row one, in their feature's table, and draw its weights; a failed call gives none.
 
+        The ids of a table get its rows feature by feature, and those of a feature as they stand in the batch.
+
         Args:
             features: as `forward` takes them.
             generator: draws the weights.
@@ -240,12 +242,11 @@ class FusedEmbeddingLookup(nn.Module):
             TypeError, ValueError: like `forward`'s; `TableFull` for more new ids than a table has rows for.
             RuntimeError: the table is read or written meanwhile; or ids that no hash function can place.
         """
-        ids, feature = side_by_side(self.layout.groups(features, self.places.device))
+        ids, feature = by_feature(self.layout.groups(features, self.places.device))
         try:
             nums = self.table._write(self._insert, ids, self.places[0, feature], generator)
         except TableFull as full:
-            table = self.layout.order[full.part]
-            raise TableFull(full.wanted, full.room, full.part, full.num_parts, table) from None
+            raise full.named(self.layout.order) from None
         counts = dict(zip(self.layout.order, nums, strict=True))
         return {name: counts[name] for name in self.layout.tables}
 
@@ -324,15 +325,11 @@ class FusedEmbeddingLookup(nn.Module):
 
     def _draw(self, generator: torch.Generator | None, changes: Changes, begun: Tensor) -> None:
         """Draw the weights of rows of the id table that are given anew, ascending."""
-        nums = torch.searchsorted(begun, self.table.begins).diff()
-        bounds = nums.new_tensor(self.table.capacities, dtype=torch.float32).rsqrt().repeat_interleave(nums)
-        for dim, parts_of in itertools.groupby(enumerate(self._own_ranges()), key=lambda pair: pair[1].dim):
-            (first, one), *_ = behind = list(parts_of)
-            begin, end = int(nums[:first].sum()), int(nums[: first + len(behind)].sum())
-            at = begun[begin:end] - self.table.begins[first] + one.begin
-            weight, moment = self.weights[str(dim)].detach(), self.get_buffer(f"moment_{dim}")
-            drawn = weight.new_empty(len(at), dim).uniform_(-1, 1, generator=generator)
-            changes.set(weight, at, drawn * bounds[begin:end, None].to(weight.dtype))
+        own = self._own_ranges()
+        for one in draw_rows(begun, self.table.begins, self.layout, generator, self._dtype):
+            at = one.begun - self.table.begins[one.parts.start] + own[one.parts.start].begin
+            weight, moment = self.weights[str(one.dim)].detach(), self.get_buffer(f"moment_{one.dim}")
+            changes.set(weight, at, one.vectors)
             if len(moment):
                 changes.set(moment, at, torch.zeros_like(moment[at]))
 

@@ -38,6 +38,10 @@ class TableFull(ValueError):
         super().__init__(f"ids{of} must be at most {room} new ones, {can}, got {wanted}")
         self.wanted, self.room, self.part, self.num_parts, self.table = wanted, room, part, num_parts, table
 
+    def named(self, names: Sequence[str]) -> TableFull:
+        """The same of parts that have names."""
+        return TableFull(self.wanted, self.room, self.part, self.num_parts, names[self.part])
+
     def __reduce__(self) -> tuple[Any, ...]:
         """Be made again from what it was made from, in another process too."""
         return type(self), (self.wanted, self.room, self.part, self.num_parts, self.table)
