@@ -4,6 +4,8 @@ from recblocks.embedding._layout import EmbeddingTable, IdFeature, PackedIds, Ve
 from recblocks.embedding.fused_lookup import FusedEmbeddingLookup
 from recblocks.embedding.id_table import IdTable, Inserted, TableFull
 from recblocks.embedding.serving_lookup import ServingLookup, quantize_rows
+from recblocks.embedding.shardable_lookup import ShardableLookup
+from recblocks.embedding.torchrec import KeyedLookup, copy_to_collections, lookup_from_collections
 from recblocks.evaluation._chunks import UserMeans
 from recblocks.evaluation._pairs import unique_pairs
 from recblocks.evaluation.auc import auc, auc_bootstrap, chunk_auc, chunk_auc_per_user, paired_auc_bootstrap
@@ -116,6 +118,7 @@ __all__ = [
     "ItemIndex",
     "JudgedPositives",
     "KeptActions",
+    "KeyedLookup",
     "LSTMAggregator",
     "LearnedTemperature",
     "LogPeriodicTimeEncoder",
@@ -129,6 +132,7 @@ __all__ = [
     "RandomTimeWindowMask",
     "RealtimeActions",
     "ServingLookup",
+    "ShardableLookup",
     "Simulation",
     "Source",
     "TableFull",
@@ -156,6 +160,7 @@ __all__ = [
     "completejourney",
     "completejourney_promotions",
     "compress_output",
+    "copy_to_collections",
     "coverage_at_k",
     "dense_all_action",
     "dense_all_positives",
@@ -181,6 +186,7 @@ __all__ = [
     "label_weighted_bce_with_logits",
     "log_periodic_features",
     "log_spaced_periods",
+    "lookup_from_collections",
     "mixed_log_q",
     "mixed_negative_pool",
     "movielens_1m",

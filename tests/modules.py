@@ -29,6 +29,7 @@ def run(module, inputs):
     return out[0] if isinstance(out, tuple) else out
 
 
+OF_TORCHREC = {recblocks.KeyedLookup, recblocks.ShardableLookup}  # test_torchrec.py has what torchrec leaves to them
 ROWS, SLOTS = 3, 4
 VALID = torch.tensor([[True, True, True, True], [True, False, True, False], [False, False, False, False]])
 OFFSETS = torch.tensor([0, 4, 4, 6])

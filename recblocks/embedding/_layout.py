@@ -100,6 +100,16 @@ class Layout:
         dims = [[name, one.dim] for name, one in self.tables.items()]
         self.made_for = json.dumps({"dims": dims, "features": [[name, *one] for name, one in self.features.items()]})
 
+    @property
+    def columns(self) -> dict[str, slice]:
+        """Where each feature that pools stands in the columns of the pooled vectors."""
+        ends = list(itertools.accumulate((self.dim_of[name] for name in self.pooled), initial=0))
+        return {name: slice(*pair) for name, pair in zip(self.pooled, itertools.pairwise(ends), strict=True)}
+
+    def features_of(self, table: str) -> list[str]:
+        """The features that look into a table."""
+        return [name for name, one in self.features.items() if one.table == table]
+
     def ranges(self, capacities: Sequence[int]) -> list[Range]:
         """What each row of the weights is for; the capacities are by `order`. First come the rows for unseen ids."""
         ends, found = dict.fromkeys(self.dims, 0), []

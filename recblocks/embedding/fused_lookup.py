@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -157,9 +156,7 @@ class FusedEmbeddingLookup(nn.Module):
     @property
     def columns(self) -> dict[str, slice]:
         """Where each feature that pools stands in the columns of the pooled vectors."""
-        ends = list(itertools.accumulate((self.layout.dim_of[name] for name in self.layout.pooled), initial=0))
-        pairs = itertools.pairwise(ends)
-        return {name: slice(*pair) for name, pair in zip(self.layout.pooled, pairs, strict=True)}
+        return self.layout.columns
 
     @property
     def capacities(self) -> dict[str, int]:

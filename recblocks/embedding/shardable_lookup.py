@@ -1,0 +1,327 @@
+"""A fused lookup whose tables torchrec shards over ranks while they are trained."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from recblocks import _checks
+from recblocks._distributed import all_gather_ragged
+from recblocks.embedding import _collections
+from recblocks.embedding._first_weights import draw_rows, draw_unseen
+from recblocks.embedding._gather import by_feature, rows_of
+from recblocks.embedding._layout import EmbeddingTable, Group, IdFeature, Ids, Layout, PackedIds, Vectors
+from recblocks.embedding.fused_lookup import FusedEmbeddingLookup
+from recblocks.embedding.id_table import IdTable, TableFull
+
+
+class ShardableLookup(nn.Module):
+    """What a `FusedEmbeddingLookup` gives, from tables that torchrec's DistributedModelParallel shards over ranks.
+
+    Raw ids become rows in an `IdTable` that every rank has whole; rows become vectors in an EmbeddingBagCollection for
+    the features that pool and an EmbeddingCollection of each width for those that do not. These hold what is large, and
+    are what DistributedModelParallel finds and shards, with whatever plan and optimizer it is given::
+
+        lookup = ShardableLookup(tables, features, device="meta")
+        apply_optimizer_in_backward(RowWiseAdagrad, lookup.table_weights(), {"lr": 0.01, "eps": 1e-8})
+        model = DistributedModelParallel(Ranker(lookup))
+        lookup.reset_parameters(generator=generator)
+        for batch in this_rank_s_batches:
+            lookup.insert(batch)
+            loss(model(batch)).backward()
+
+    Trained so, with a generator of one seed on every rank and rows that lie whole on one, the vectors of every id are
+    those of one process with ``FusedEmbeddingLookup(..., gradient="rowwise_adagrad")`` on the batches of all ranks, but
+    for rounding: `insert` gives rows and draws vectors in the same order. A plan that cuts rows into columns gives each
+    piece an Adagrad of its own.
+
+    Args:
+        tables: like `FusedEmbeddingLookup`'s; the capacity is fixed, as a plan is made for it.
+        features: like `FusedEmbeddingLookup`'s; those of one table must pool alike, as torchrec pools by table.
+        seed: of the id table.
+        device: where the tables live; "meta": where torchrec puts them. The id table is then on the CPU until the model
+            is moved.
+
+    Raises:
+        ImportError: torchrec is not installed.
+        TypeError, ValueError: for arguments out of their range, and features of one table that pool differently.
+
+    Example:
+        >>> tables = {"item": EmbeddingTable(1000, dim=8), "user": EmbeddingTable(500, dim=4)}
+        >>> lookup = ShardableLookup(tables, {"user": IdFeature("user"), "liked": IdFeature("item", pooling="mean")})
+        >>> liked = torch.tensor([900, 7, 8]), torch.tensor([0, 2, 3])
+        >>> batch = {"user": torch.tensor([-5, 2**62]), "liked": liked}
+        >>> lookup.insert(batch)
+        {'item': 3, 'user': 2}
+        >>> served = lookup.to_fused()
+        >>> torch.equal(served(batch).pooled, lookup(batch).pooled)
+        True
+
+    Note:
+        The id table costs each rank 14.1 bytes a row, and what is new to a rank is sent to all: of a batch whose ids
+        are known nothing but a count. Ids are never taken away again: there is no admission and no eviction here.
+        Where torchrec caches rows of a table on a GPU, new rows are written behind the cache, which has not seen them.
+
+    Source:
+        TransAct, section 3.4.2, for raw ids; torchrec (Ivchenko et al., RecSys 2022) for sharding.
+    """
+
+    places: Tensor
+
+    def __init__(
+        self,
+        tables: Mapping[str, EmbeddingTable],
+        features: Mapping[str, IdFeature],
+        *,
+        seed: int = 0,
+        device: torch.device | str | int | None = None,
+    ) -> None:
+        super().__init__()
+        torchrec = _collections.need_torchrec()
+        self.layout = Layout(tables, features)
+        poolings = _poolings(self.layout)
+        capacities = [self.layout.tables[name].capacity for name in self.layout.order]
+        is_meta = device is not None and torch.device(device).type == "meta"
+        self.table = IdTable(capacities, seed=seed, device=None if is_meta else device)
+        configs: dict[int | None, list[Any]] = {}
+        kinds = {"sum": torchrec.PoolingType.SUM, "mean": torchrec.PoolingType.MEAN}
+        for name, one in self.layout.tables.items():
+            if name not in poolings:
+                raise ValueError(f"tables must be those that features look into, got {name!r} without any")
+            if not name or "." in name or hasattr(nn.ModuleDict, name):
+                raise ValueError(f"tables must have names that torchrec can take in a ModuleDict, got {name!r}")
+            sizes = {"num_embeddings": one.capacity + self._num_unseen(name), "embedding_dim": one.dim}
+            named = {"name": name, "feature_names": self.layout.features_of(name), **sizes}
+            pooling = poolings[name]
+            if pooling is None:
+                configs.setdefault(one.dim, []).append(torchrec.EmbeddingConfig(**named))
+            else:
+                configs.setdefault(None, []).append(torchrec.EmbeddingBagConfig(**named, pooling=kinds[pooling]))
+        device = None if device is None else torch.device(device)
+        pooled = configs.pop(None, None)
+        self.bags = None if pooled is None else torchrec.EmbeddingBagCollection(tables=pooled, device=device)
+        self.each = nn.ModuleDict()
+        for dim, unpooled in configs.items():
+            self.each[str(dim)] = torchrec.EmbeddingCollection(tables=unpooled, device=device)
+        self.register_buffer("places", self._places(), persistent=False)
+        if not is_meta:
+            self.reset_parameters()
+
+    @property
+    def collections(self) -> list[nn.Module]:
+        """The collections, sharded or not."""
+        return [*([] if self.bags is None else [self.bags]), *self.each.values()]
+
+    @property
+    def num_ids(self) -> dict[str, int]:
+        """How many ids of each table have a row."""
+        counts = dict(zip(self.layout.order, self.table.num_ids_by_part, strict=True))
+        return {name: counts[name] for name in self.layout.tables}
+
+    @property
+    def columns(self) -> dict[str, slice]:
+        """Where each feature that pools stands in the columns of the pooled vectors."""
+        return self.layout.columns
+
+    def table_weights(self) -> list[nn.Parameter]:
+        """What an optimizer of the tables is for, ahead of sharding."""
+        return [weight for collection in self.collections for weight in collection.parameters()]
+
+    def reset_parameters(self, *, generator: torch.Generator | None = None) -> None:
+        """Forget every id, and draw the weights for unseen ones, on every rank from a generator of one seed.
+
+        To be called once more when the model is sharded: what was drawn before was not kept. Weights of an id are drawn
+        when it gets its row.
+        """
+        self.table.reset_parameters()
+        weights, begins = _collections.weights_of(self.collections), dict.fromkeys(self.layout.tables, 0)
+        for weight in weights.values():
+            for piece in _collections.pieces_of(weight):
+                piece.tensor.zero_()
+        for one in self.layout.features.values():
+            table = self.layout.tables[one.table]
+            drawn = torch.empty(one.num_unseen, table.dim, device=self.places.device)
+            draw_unseen(drawn, table.capacity, generator)
+            _collections.write_rows(weights[one.table], _rows(begins[one.table], drawn), drawn)
+            begins[one.table] += one.num_unseen
+
+    def forward(self, features: Mapping[str, Ids] | PackedIds) -> Vectors:
+        """Look all features up, like `FusedEmbeddingLookup.forward`, with the collections' gradients."""
+        compiling = torch.compiler.is_compiling()
+        with contextlib.nullcontext() if compiling else self.table.reading("a lookup"):
+            groups = self.layout.groups(features, self.places.device)
+            rows = rows_of(groups, self.table.slots, self.places)
+        pooled = [(group, their) for group, their in zip(groups, rows, strict=True) if group.kind != "each"]
+        each = [(group, their) for group, their in zip(groups, rows, strict=True) if group.kind == "each"]
+        unpooled = {name: vectors for group, their in each for name, vectors in self._each(group, their).items()}
+        in_order = {name: unpooled[name] for name in self.layout.features if name in unpooled}
+        return Vectors(self._bags(pooled), in_order)
+
+    def pack(self, features: Mapping[str, Ids]) -> PackedIds:
+        """Lay the ids of all features side by side, like `FusedEmbeddingLookup.pack`."""
+        return self.layout.pack(features, self.places.device)
+
+    def insert(
+        self,
+        features: Mapping[str, Ids] | PackedIds,
+        *,
+        generator: torch.Generator | None = None,
+        group: dist.ProcessGroup | None = None,
+    ) -> dict[str, int]:
+        """Give the ids of all ranks that have no row one, and draw its weights; every rank must call it.
+
+        Args:
+            features: of this rank, as `forward` takes them.
+            generator: draws the weights, of one seed on every rank.
+            group: the ranks that the tables are sharded over; None is the default group.
+
+        Returns:
+            how many new ids of each table.
+
+        Raises:
+            TypeError, ValueError: like `forward`'s; `TableFull`, on every rank, for more new ids than a table has rows
+                for, and then none is given any.
+            RuntimeError: the table is read or written meanwhile.
+        """
+        ids, feature = by_feature(self.layout.groups(features, self.places.device))
+        unknown = self.table.find(ids, self.places[0, feature]) < 0
+        every, _ = all_gather_ragged(torch.stack([ids[unknown], feature[unknown]], 1), group)
+        ids, feature = every[every[:, 1].argsort(stable=True)].unbind(1)
+        if not len(ids):
+            return dict.fromkeys(self.layout.tables, 0)
+        try:
+            begun = self.table.insert(ids.contiguous(), self.places[0, feature]).begun
+        except TableFull as full:
+            raise full.named(self.layout.order) from None
+        counts: dict[str, int] = {}
+        weights = _collections.weights_of(self.collections)
+        for one in draw_rows(begun, self.table.begins, self.layout, generator, torch.float32):
+            nums = torch.searchsorted(one.begun, self.table.begins).diff()[one.parts.start : one.parts.stop].tolist()
+            pieces = zip(one.parts, torch.split(one.begun, nums), torch.split(one.vectors, nums), strict=True)
+            for part, rows, vectors in pieces:
+                name = self.layout.order[part]
+                at = rows - self.table.begins[part] + self._num_unseen(name)
+                _collections.write_rows(weights[name], at, vectors)
+                counts[name] = len(rows)
+        return {name: counts[name] for name in self.layout.tables}
+
+    def load_fused(self, lookup: FusedEmbeddingLookup) -> None:
+        """Take over the ids and vectors of a lookup for the same tables and features; each rank writes what it has.
+
+        Raises:
+            TypeError, ValueError: for a lookup of other tables, features or capacities.
+        """
+        if not isinstance(lookup, FusedEmbeddingLookup):
+            raise TypeError(f"lookup must be a FusedEmbeddingLookup, got {_checks.describe(lookup)}")
+        self.layout.refuse_others(lookup.get_extra_state())
+        if lookup.table.capacities != self.table.capacities:
+            raise ValueError(f"lookup must have capacities {self.table.capacities}, got {lookup.table.capacities}")
+        _take_ids(self.table, lookup.table)
+        weights = _collections.weights_of(self.collections)
+        for name, at, begin in self._ranges():
+            source = lookup.weights[str(self.layout.tables[name].dim)].detach()[at]
+            _collections.write_rows(weights[name], _rows(begin, source), source)
+
+    def to_fused(
+        self, *, gradient: Literal["dense", "sparse", "sgd", "rowwise_adagrad"] = "dense", learning_rate: float = 0.01
+    ) -> FusedEmbeddingLookup | None:
+        """Gather everything into a lookup on rank 0, to serve it or to train on in one process.
+
+        What an optimizer knows of the rows does not come with them.
+
+        Args:
+            gradient: like `FusedEmbeddingLookup`'s.
+            learning_rate: like `FusedEmbeddingLookup`'s.
+
+        Returns:
+            on rank 0 a lookup whose vectors are the same, on the CPU; None on the others, which must call this as well.
+        """
+        fused = None
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            options: dict[str, Any] = {"gradient": gradient, "learning_rate": learning_rate}
+            fused = FusedEmbeddingLookup(self.layout.tables, self.layout.features, **options)
+            _take_ids(fused.table, self.table)
+        weights = _collections.weights_of(self.collections)
+        for name, of_table in itertools.groupby(sorted(self._ranges(), key=lambda one: one[0]), key=lambda one: one[0]):
+            rows = _collections.whole(weights[name])
+            if fused is not None and rows is not None:
+                weight = fused.weights[str(self.layout.tables[name].dim)].detach()
+                for _, at, begin in of_table:
+                    weight[at] = rows[begin : begin + at.stop - at.start].to(weight)
+        return fused
+
+    def extra_repr(self) -> str:
+        """Say how many features there are."""
+        return f"num_features={len(self.layout.features)}"
+
+    def _ranges(self) -> list[tuple[str, slice, int]]:
+        """Of each range of rows: its table, where it lies in a fused lookup's weight, where it begins in the table."""
+        found, begins = [], dict.fromkeys(self.layout.tables, 0)
+        for one in self.layout.ranges(self.table.capacities):  # first those for unseen ids, as in a table
+            found.append((one.table, slice(one.begin, one.end), begins[one.table]))
+            begins[one.table] += one.end - one.begin
+        return found
+
+    def _places(self) -> Tensor:
+        """Like `Layout.places`, for rows of the tables."""
+        firsts = dict(zip(self.layout.order, self.table.begins.tolist(), strict=False))
+        begins, found = dict.fromkeys(self.layout.tables, 0), []
+        for one in self.layout.features.values():
+            shift = self._num_unseen(one.table) - firsts[one.table]
+            found.append((self.layout.order.index(one.table), shift, begins[one.table], one.num_unseen))
+            begins[one.table] += one.num_unseen
+        return torch.tensor(found, device=self.table.begins.device).t().contiguous()
+
+    def _num_unseen(self, table: str) -> int:
+        return sum(self.layout.features[name].num_unseen for name in self.layout.features_of(table))
+
+    def _bags(self, groups: Sequence[tuple[Group, Tensor]]) -> Tensor:
+        """(B, sum of widths) of the features that pool."""
+        if self.bags is None:
+            return torch.empty(0, 0, device=self.places.device)
+        values, lengths = [], []
+        for group, rows in groups:
+            one = group.kind == "one"
+            values.append(rows.t().flatten() if one else rows)
+            lengths.append(torch.ones_like(rows.flatten()) if group.offsets is None else group.offsets.diff())
+        names = [name for group, _ in groups for name in group.names]
+        found = self.bags(_jagged(names, torch.cat(values), torch.cat(lengths))).to_dict()
+        return torch.cat([found[name] for name in self.layout.pooled], 1)
+
+    def _each(self, group: Group, rows: Tensor) -> dict[str, Tensor]:
+        """(..., dim) of each feature of a width that does not pool, all whose ids are one bag for torchrec."""
+        sizes = [torch.Size(shape).numel() for shape in group.shapes]
+        dim = self.layout.dim_of[group.names[0]]
+        found = self.each[str(dim)](_jagged(list(group.names), rows, torch.tensor(sizes, device=rows.device)))
+        named = zip(group.names, group.shapes, strict=True)
+        return {name: found[name].values().view(*shape, dim) for name, shape in named}
+
+
+def _jagged(names: list[str], values: Tensor, lengths: Tensor) -> Any:
+    from torchrec import KeyedJaggedTensor
+
+    return KeyedJaggedTensor(keys=names, values=values, lengths=lengths)
+
+
+def _poolings(layout: Layout) -> dict[str, str | None]:
+    """What becomes of the bags of each table that a feature looks into."""
+    found: dict[str, str | None] = {}
+    for name, one in layout.features.items():
+        if found.setdefault(one.table, one.pooling) != one.pooling:
+            kinds = f"{found[one.table]!r} and, for {name!r}, {one.pooling!r}"
+            raise ValueError(f"features of table {one.table!r} must pool alike, got {kinds}")
+    return found
+
+
+def _rows(begin: int, like: Tensor) -> Tensor:
+    return torch.arange(begin, begin + len(like), device=like.device)
+
+
+def _take_ids(table: IdTable, other: IdTable) -> None:
+    table.load_state_dict({name: tensor.to(table.rows.device) for name, tensor in other.state_dict().items()})

@@ -1,0 +1,178 @@
+"""What ranks of a process group do with a lookup that torchrec shards; test_sharded.py runs it in their processes."""
+
+import datetime as dt
+import warnings
+
+import torch
+from torch import distributed as dist
+from torch import nn
+
+from recblocks import EmbeddingTable, FusedEmbeddingLookup, IdFeature, ServingLookup, ShardableLookup, TableFull
+
+TABLES = {"item": EmbeddingTable(60, dim=4), "user": EmbeddingTable(40, dim=8), "tag": EmbeddingTable(30, dim=4)}
+FEATURES = {
+    "candidate": IdFeature("item", pooling=None),
+    "user": IdFeature("user", num_unseen=3),
+    "tags": IdFeature("tag", pooling="mean", num_unseen=2),
+    "history": IdFeature("item", pooling=None, num_unseen=2),
+    "liked": IdFeature("user"),
+}
+TOTAL = 12
+# torchrec takes batches that differ between ranks where tables are whole, and none that do where bags are cut by row.
+SHARES = {
+    "by table": {1: [12], 2: [7, 5], 4: [4, 1, 5, 2]},
+    "by row": {1: [12], 2: [6, 6], 4: [3, 3, 3, 3]},
+}
+STEPS = 6
+PLANS = {"by table": "table_wise", "by row": "row_wise"}
+RATE = 0.1
+
+
+class Model(nn.Module):
+    """A score that sees every feature."""
+
+    def __init__(self, lookup):
+        super().__init__()
+        self.lookup = lookup
+        self.score = nn.Linear(20 + 4, 1)
+
+    def forward(self, features):
+        vectors = self.lookup(features)
+        seen = vectors.unpooled["history"].mean(1) * vectors.unpooled["candidate"]
+        return self.score(torch.cat([vectors.pooled, seen], 1)).squeeze(1)
+
+
+def batch(step, begin, end, *, offset=0):
+    """Rows of the batch of a step, the same whoever has them; ids come up that no step before had."""
+    generator = torch.Generator().manual_seed(step)
+
+    def draw(*shape, high=6):
+        ids = torch.randint(high, shape, generator=generator) + 3 * step + offset
+        return torch.where(ids % 4 == 0, ids - 2**62, ids)
+
+    sizes = torch.randint(4, (TOTAL,), generator=generator)
+    starts = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
+    tags, cut = draw(int(sizes.sum())), slice(int(starts[begin]), int(starts[end]))
+    return {
+        "candidate": draw(TOTAL)[begin:end],
+        "user": draw(TOTAL)[begin:end],
+        "tags": (tags[cut], starts[begin : end + 1] - starts[begin]),
+        "history": draw(TOTAL, 3)[begin:end],
+        "liked": draw(TOTAL, 2)[begin:end],
+    }
+
+
+def whole(step, **options):
+    return batch(step, 0, TOTAL, **options)
+
+
+def built(lookup):
+    torch.manual_seed(0)
+    return Model(lookup)
+
+
+def wanted():
+    """What one process makes of all steps."""
+    generator = torch.Generator().manual_seed(7)
+    lookup = FusedEmbeddingLookup(TABLES, FEATURES, gradient="rowwise_adagrad", learning_rate=RATE, generator=generator)
+    model = built(lookup)
+    optimizer = torch.optim.SGD(model.score.parameters(), lr=RATE)
+    for step in range(STEPS):
+        lookup.insert(whole(step), generator=generator)
+        optimizer.zero_grad()
+        (model(whole(step)) - 1).square().mean().backward()
+        optimizer.step()
+    return outcome(model, lookup, generator)
+
+
+def outcome(model, lookup, generator):
+    """Weights by id, and what the model says of a batch of which some ids are unseen; all of a fused lookup."""
+    alone = Model(lookup)
+    alone.score.load_state_dict(model.score.state_dict())
+    served = Model(ServingLookup(lookup, dtype=torch.float32))
+    served.score.load_state_dict(model.score.state_dict())
+    asked = whole(STEPS, offset=-2)
+    return {
+        "weights": {name: weight.detach() for name, weight in lookup.weights.items()},
+        "entries": lookup.table.entries(),
+        "score": {name: one.detach() for name, one in model.score.state_dict().items()},
+        "scores": alone(asked).detach(),
+        "served": served(asked).detach(),
+        "next draw": torch.rand(2, generator=generator),
+    }
+
+
+def sharders():
+    """torchrec cuts bags by row on GPUs alone, unless it is told that it may."""
+    from torchrec.distributed.embedding import EmbeddingCollectionSharder
+    from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
+
+    class Rows(EmbeddingBagCollectionSharder):
+        def sharding_types(self, compute_device_type):
+            return [*super().sharding_types(compute_device_type), "row_wise"]
+
+    return [Rows(), EmbeddingCollectionSharder()]
+
+
+def trained(rank, world, plan):
+    """What the ranks make of all steps, each of its share."""
+    from torchrec.distributed import DistributedModelParallel
+    from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
+    from torchrec.optim import RowWiseAdagrad
+    from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
+
+    lookup = ShardableLookup(TABLES, FEATURES, device="meta")
+    model = built(lookup)
+    apply_optimizer_in_backward(RowWiseAdagrad, lookup.table_weights(), {"lr": RATE, "eps": 1e-8})
+    constraints = {name: ParameterConstraints(sharding_types=[PLANS[plan]]) for name in TABLES}
+    topology = Topology(world_size=world, local_world_size=world, compute_device="cpu")
+    planner = EmbeddingShardingPlanner(topology=topology, constraints=constraints)
+    made = planner.collective_plan(model, sharders(), dist.group.WORLD)
+    parallel = DistributedModelParallel(model, plan=made, sharders=sharders(), device=torch.device("cpu"))
+    generator = torch.Generator().manual_seed(7)
+    lookup.reset_parameters(generator=generator)
+    optimizer = torch.optim.SGD(parallel.module.score.parameters(), lr=RATE)
+    begin = sum(SHARES[plan][world][:rank])
+    end, counts = begin + SHARES[plan][world][rank], []
+    for step in range(STEPS):
+        mine = batch(step, begin, end)
+        counts.append(lookup.insert(mine, generator=generator))
+        optimizer.zero_grad()
+        (world / TOTAL * (parallel(mine) - 1).square().sum()).backward()
+        optimizer.step()
+    say = parallel(batch(STEPS, begin, end, offset=-2)).detach()
+    pieces = {name: [tuple(shard.tensor.shape) for shard in one.local_shards()] for name, one in shards(lookup).items()}
+    fused = lookup.to_fused()
+    found = {"say": say, "pieces": pieces, "counts": counts}
+    if rank == 0:
+        found |= outcome(parallel.module, fused, generator)
+    return found | {"full": too_many(lookup, rank, world)}
+
+
+def shards(lookup):
+    from recblocks.embedding import _collections
+
+    return _collections.weights_of(lookup.collections)
+
+
+def too_many(lookup, rank, world):
+    """What is said of more ids than there are rows for, all of them on the last rank, and whether any was given one."""
+    had = lookup.num_ids
+    ids = torch.arange(100) + 10_000 if rank == world - 1 else torch.arange(1)
+    given = {"candidate": ids, "user": ids, "tags": ids, "history": ids[:, None], "liked": ids}
+    try:
+        lookup.insert(given)
+    except TableFull as error:
+        return str(error), lookup.num_ids == had
+    return None
+
+
+def run(rank, world, folder):
+    warnings.simplefilter("ignore")  # torchrec's own deprecations
+    torch.set_num_threads(1)
+    store = f"file://{folder}/store{world}"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world, timeout=dt.timedelta(seconds=60))
+    results = {plan: trained(rank, world, plan) for plan in PLANS}
+    torch.save(results, f"{folder}/{rank} of {world}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
