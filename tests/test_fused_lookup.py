@@ -188,19 +188,21 @@ def test_a_new_id_begins_with_weights_that_no_other_had():
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_new_ids_get_rows_by_feature_and_then_as_they_stand_in_the_batch(packed):
+def test_new_ids_get_rows_in_ascending_order_however_a_batch_is_laid_out(packed):
     lookup = FusedEmbeddingLookup(TABLES, FEATURES)
     batch = {
         "seen": int64([[50, 9], [1, 1]]),
-        "liked": int64([30, 2]),
+        "liked": int64([30, LOWEST]),
         "tags": jagged([[8], [3]]),
         "place": jagged([[6], [7]]),
         "item": int64([40, 9]),
         "user": int64([60, -7]),
     }
     lookup.insert(lookup.pack(batch) if packed else batch)
-    # items: of item, liked, seen in turn; each id where it stands first. Widths run upwards: the users come first.
-    assert lookup.table.entries()[0].tolist() == [60, -7, 6, 7, 40, 9, 30, 2, 50, 1, 8, 3]
+    lookup.insert({**batch, "item": int64([0, HIGHEST])})
+    # Widths run upwards: the users come first.
+    users, items, tags = [-7, 6, 7, 60], [LOWEST, 1, 9, 30, 40, 50, 0, HIGHEST], [3, 8]
+    assert lookup.table.entries()[0].tolist() == users + items + tags
 
 
 def test_growth_erasure_and_eviction_leave_every_other_vector_where_it_was():

@@ -107,11 +107,11 @@ def side_by_side(groups: Sequence[Group]) -> tuple[Tensor, Tensor]:
     return ids, torch.cat([group.feature.expand_as(group.ids).flatten() for group in groups])
 
 
-def by_feature(groups: Sequence[Group]) -> tuple[Tensor, Tensor]:
-    """The same in the order of the features, those of each as they stand in the batch."""
+def ascending(groups: Sequence[Group]) -> tuple[Tensor, Tensor]:
+    """The same in the order of the ids, which does not follow from how a batch is laid out, or shared by ranks."""
     ids, feature = side_by_side(groups)
-    order = feature.argsort(stable=True)
-    return ids[order], feature[order]
+    ids, order = ids.sort()
+    return ids, feature[order]
 
 
 def restore_dtypes(module: nn.Module, before: Mapping[str, Tensor]) -> None:

@@ -16,7 +16,7 @@ from recblocks.embedding._buckets import Changes
 from recblocks.embedding._first_weights import draw_rows, draw_unseen
 from recblocks.embedding._gather import (
     BACKENDS,
-    by_feature,
+    ascending,
     kernel_for,
     kernel_vectors,
     pool,
@@ -226,7 +226,7 @@ class FusedEmbeddingLookup(nn.Module):
     ) -> dict[str, int]:
         """Give the ids that have no row one, in their feature's table, and draw its weights; a failed call gives none.
 
-        The ids of a table get its rows feature by feature, and those of a feature as they stand in the batch.
+        The new ids of a table get rows in ascending order, so that these do not follow from how a batch is laid out.
 
         Args:
             features: as `forward` takes them.
@@ -239,7 +239,7 @@ class FusedEmbeddingLookup(nn.Module):
             TypeError, ValueError: like `forward`'s; `TableFull` for more new ids than a table has rows for.
             RuntimeError: the table is read or written meanwhile; or ids that no hash function can place.
         """
-        ids, feature = by_feature(self.layout.groups(features, self.places.device))
+        ids, feature = ascending(self.layout.groups(features, self.places.device))
         try:
             nums = self.table._write(self._insert, ids, self.places[0, feature], generator)
         except TableFull as full:

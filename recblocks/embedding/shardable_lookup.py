@@ -15,7 +15,7 @@ from recblocks import _checks
 from recblocks._distributed import all_gather_ragged
 from recblocks.embedding import _collections
 from recblocks.embedding._first_weights import draw_rows, draw_unseen
-from recblocks.embedding._gather import by_feature, rows_of
+from recblocks.embedding._gather import ascending, rows_of
 from recblocks.embedding._layout import EmbeddingTable, Group, IdFeature, Ids, Layout, PackedIds, Vectors
 from recblocks.embedding.fused_lookup import FusedEmbeddingLookup
 from recblocks.embedding.id_table import IdTable, TableFull
@@ -146,7 +146,7 @@ class ShardableLookup(nn.Module):
                 piece.tensor.zero_()
         for one in self.layout.features.values():
             table = self.layout.tables[one.table]
-            drawn = torch.empty(one.num_unseen, table.dim, device=self.places.device)
+            drawn = torch.empty(one.num_unseen, table.dim, device=self.places.device, dtype=torch.float32)
             draw_unseen(drawn, table.capacity, generator)
             _collections.write_rows(weights[one.table], _rows(begins[one.table], drawn), drawn)
             begins[one.table] += one.num_unseen
@@ -189,14 +189,14 @@ class ShardableLookup(nn.Module):
                 for, and then none is given any.
             RuntimeError: the table is read or written meanwhile.
         """
-        ids, feature = by_feature(self.layout.groups(features, self.places.device))
+        ids, feature = ascending(self.layout.groups(features, self.places.device))
         unknown = self.table.find(ids, self.places[0, feature]) < 0
         every, _ = all_gather_ragged(torch.stack([ids[unknown], feature[unknown]], 1), group)
-        ids, feature = every[every[:, 1].argsort(stable=True)].unbind(1)
-        if not len(ids):
+        if not len(every):
             return dict.fromkeys(self.layout.tables, 0)
+        ids, order = every[:, 0].sort()
         try:
-            begun = self.table.insert(ids.contiguous(), self.places[0, feature]).begun
+            begun = self.table.insert(ids, self.places[0, every[order, 1]]).begun
         except TableFull as full:
             raise full.named(self.layout.order) from None
         counts: dict[str, int] = {}
@@ -284,7 +284,7 @@ class ShardableLookup(nn.Module):
     def _bags(self, groups: Sequence[tuple[Group, Tensor]]) -> Tensor:
         """(B, sum of widths) of the features that pool."""
         if self.bags is None:
-            return torch.empty(0, 0, device=self.places.device)
+            return torch.empty(0, 0, device=self.places.device, dtype=torch.float32)
         values, lengths = [], []
         for group, rows in groups:
             one = group.kind == "one"
