@@ -46,6 +46,24 @@ def ranking(session: nox.Session) -> None:
 
 
 @nox.session
+def sharded(session: nox.Session) -> None:
+    """Train the hybrid ranker on raw ids, their tables sharded over two ranks by torchrec."""
+    install(session, "examples")
+    install_torchrec(session)
+    options = session.posargs or ["--data", "simulator", "--models", "transact"]
+    command = ("torchrun", "--nproc-per-node", "2", "-m", "examples.transact", "--sharded", "--raw-ids", "16")
+    session.run(*command, *options, env=ONE_THREAD)
+
+
+@nox.session
+def plans(session: nox.Session) -> None:
+    """Print how torchrec would spread the ranker's tables over 1, 8 and 64 GPUs, and what each would hold."""
+    install(session, "examples")
+    install_torchrec(session)
+    session.run("python", "-m", "examples.transact.plans", *session.posargs)
+
+
+@nox.session
 def ranking_claims(session: nox.Session) -> None:
     """Train rankers, three seeds each, and say which claims of TransAct come out; -- --data chooses on what (hours)."""
     install(session, "examples")

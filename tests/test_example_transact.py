@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 import pathlib
 import re
@@ -15,19 +16,30 @@ import torch
 import tyro
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._pytree import tree_leaves, tree_map
 
 import recblocks
 from examples.transact import __main__ as command
 from examples.transact import claims, world
-from examples.transact.data import Candidates, RankingData, Requests, count_earlier, hand_made_counts, newest_before
+from examples.transact.data import (
+    Bags,
+    Candidates,
+    RankingData,
+    Requests,
+    count_earlier,
+    hand_made_counts,
+    newest_before,
+    text_ids,
+)
 from examples.transact.evaluate import Jury
-from examples.transact.model import Batch, Inputs, ModelOptions, Ranker, Sequence, start_from_matches
+from examples.transact.model import GlobalBatchNorm, Inputs, ModelOptions, Ranker, Sequence, start_from_matches
 from examples.transact.train import TrainOptions, corrected, predict, scoring, start_from_rates, train
-from recblocks import Timelines
+from recblocks import FusedEmbeddingLookup, Timelines
 
 TINY = ["--data", "simulator", "--world-users", "60", "--epochs", "1", "--length", "8", "--num-slots", "3"]
 READ = ("row", "action_type", "time")
 SMALL = ModelOptions(length=8, num_slots=3, type_dim=4, mlp=(8,))
+WITH_IDS = dataclasses.replace(SMALL, raw_ids=4, raw_id_capacity=5000)
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +103,7 @@ def test_nothing_that_happens_from_the_request_on_reaches_its_features(data: Ran
     other = with_other_future(data, cut)
     assert not torch.equal(data.histories.columns["row"], other.histories.columns["row"])
     for one, two in zip(
-        Inputs(data, SMALL, "transact_counts")(rows), Inputs(other, SMALL, "transact_counts")(rows), strict=True
+        *(tree_leaves(Inputs(each, WITH_IDS, "transact_counts")(rows)) for each in (data, other)), strict=True
     ):
         assert torch.equal(one, two)
     # The check can fail: let a request count its own outcome, as a sequence that is not frozen does.
@@ -134,7 +146,7 @@ def test_labels_reach_no_feature(data: RankingData) -> None:
     rows = torch.arange(200)
     other = dataclasses.replace(data, candidates=flipped)
     for one, two in zip(
-        Inputs(data, SMALL, "transact_counts")(rows), Inputs(other, SMALL, "transact_counts")(rows), strict=True
+        *(tree_leaves(Inputs(each, WITH_IDS, "transact_counts")(rows)) for each in (data, other)), strict=True
     ):
         assert torch.equal(one, two)
 
@@ -165,7 +177,7 @@ def test_every_way_to_read_a_sequence_ignores_padding_and_answers_without_any_ac
         )
         assert logits.isfinite().all()
         assert torch.equal(logits, ranker(garbage))
-        alone = ranker(Batch(*(part[:1] for part in garbage)))
+        alone = ranker(tree_map(lambda part: part[:1], garbage))
     # a product of one row sums in another order than one of many: float32 rounding of sums of a few hundred numbers
     torch.testing.assert_close(alone, logits[:1], rtol=1e-4, atol=1e-5)
 
@@ -258,9 +270,9 @@ def test_a_sequence_encoded_once_for_all_candidates_scores_as_one_encoded_for_ea
         once = ranker(batch)
         assert ranker.sequence is not None
         candidate = ranker.vectors[batch.candidate]
-        one = ranker._read(batch, candidate, None)
+        one = ranker._read(batch, ranker.vectors[batch.items], candidate, None, None)
         ranker.training = True  # the path of training, while batch norm and dropout stay as they serve
-        each = ranker._read(batch, candidate, None)
+        each = ranker._read(batch, ranker.vectors[batch.items], candidate, None, None)
         assert not torch.equal(one, each), "both took the same path"
         torch.testing.assert_close(ranker(batch), once, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(one, each, rtol=1e-4, atol=1e-5)
@@ -415,6 +427,96 @@ def test_training_repeats_itself(data: RankingData) -> None:
     assert sum(one.loss[-epoch:]) < sum(one.loss[:epoch])
     rows = data.rows_of("report")[:50]
     assert torch.equal(predict(one, rows), predict(two, rows))
+
+
+@pytest.mark.parametrize("rows", [range(0, 300, 7), [5]])
+def test_raw_ids_are_those_of_what_the_batch_shows(data: RankingData, rows: list[int]) -> None:
+    batch = Inputs(data, WITH_IDS, "transact")(torch.tensor(list(rows)))
+    candidates = data.candidates
+    items = [int(candidates.item[row]) for row in rows]
+    requests = sorted({int(candidates.request[row]) for row in rows})
+    assert batch.ids["item"].tolist() == [int(data.items[item]) for item in items]
+    assert batch.ids["user"].tolist() == [int(data.histories.users[data.requests.user[one]]) for one in requests]
+    seen = [
+        int(data.items[item]) for item, valid in zip(batch.items.flatten(), batch.valid.flatten(), strict=True) if valid
+    ]
+    assert batch.ids["seen"].tolist() == seen
+    ids, offsets = batch.ids["tag"]
+    assert ids.tolist() == [int(data.topics[item]) for item in items]
+    assert offsets.tolist() == list(range(len(items) + 1))
+
+
+def test_bags_of_some_items_are_those_of_a_loop() -> None:
+    bags = Bags.where(
+        torch.tensor([[True, False], [False, False], [True, True]]), torch.tensor([[-1, 2], [3, 4], [5, 6]])
+    )
+    assert (bags.ids.tolist(), bags.offsets.tolist()) == ([-1, 5, 6], [0, 1, 1, 3])
+    got = bags.of(torch.tensor([2, 1, 0, 2]))
+    assert (got.ids.tolist(), got.offsets.tolist()) == ([5, 6, -1, 5, 6], [0, 2, 2, 3, 5])
+    none = bags.of(torch.tensor([], dtype=torch.int64))
+    assert (none.ids.tolist(), none.offsets.tolist()) == ([], [0])
+
+
+def test_text_is_the_same_id_everywhere() -> None:
+    ids = text_ids(["brand: a", "", "brand: a", "brand: b"])
+    # the first eight bytes of BLAKE2b with a digest of eight bytes, as int64 in little-endian order
+    expected = int.from_bytes(hashlib.blake2b(b"brand: a", digest_size=8).digest(), "little", signed=True)
+    assert ids[0] == ids[2] == expected
+    assert len(set(ids.tolist())) == 3
+
+
+def test_vectors_of_raw_ids_are_trained_and_only_those_that_training_saw(data: RankingData) -> None:
+    trained = train(data, "transact", WITH_IDS, TrainOptions(epochs=1, batch_size=512))
+    lookup = trained.ranker.lookup
+    assert isinstance(lookup, FusedEmbeddingLookup)
+    rows = data.rows_of("train")
+    seen = set(data.histories.users[data.requests.user[data.candidates.request[rows]]].tolist())
+    part = lookup.layout.order.index("user")
+    ids, where = lookup.table.entries()
+    users = ids[(where >= lookup.table.begins[part]) & (where < lookup.table.begins[part + 1])]
+    assert len(users) > 0
+    assert set(users.tolist()) <= seen
+    moment = lookup.get_buffer("moment_4")
+    assert int((moment > 0).sum()) > 0.9 * sum(lookup.num_ids.values())
+    # What no batch could have shown stays as it was drawn: zeros.
+    assert int((lookup.weights["4"] != 0).any(1).sum()) == sum(lookup.num_ids.values()) + len(lookup.layout.features)
+
+
+@pytest.mark.parametrize("options", [SMALL, WITH_IDS])
+def test_a_training_that_stops_goes_on_from_its_checkpoint(
+    data: RankingData, options: ModelOptions, tmp_path: pathlib.Path
+) -> None:
+    settings = TrainOptions(epochs=1, batch_size=512, checkpoint=tmp_path, checkpoint_every=4)
+
+    def stop(step: int, *_: float) -> None:
+        if step == 10:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(data, "transact", options, settings, on_step=stop)
+    assert [path.name for path in (tmp_path / "transact").iterdir()] == ["step-8"]
+    done: list[int] = []
+    trained = train(data, "transact", options, settings, on_step=lambda step, *_: done.append(step))
+    whole = train(data, "transact", options, dataclasses.replace(settings, checkpoint=None))
+    assert done[0] == 9
+    assert trained.loss == whole.loss
+    for name, tensor in whole.ranker.state_dict().items():
+        assert torch.equal(trained.ranker.state_dict()[name], tensor), name
+    with pytest.raises(ValueError, match="checkpoint must be of"):
+        train(data, "transact", options, dataclasses.replace(settings, seed=1))
+
+
+def test_tables_are_sharded_only_where_there_are_some(data: RankingData) -> None:
+    with pytest.raises(ValueError, match="sharded must come with raw_ids above 0"):
+        train(data, "none", SMALL, TrainOptions(sharded=True))
+
+
+def test_batch_norm_without_ranks_is_torch_s() -> None:
+    norm, torch_s = GlobalBatchNorm(3), torch.nn.BatchNorm1d(3)
+    for _ in range(3):
+        x = torch.randn(5, 3)
+        assert torch.equal(norm(x), torch_s(x))
+    assert all(torch.equal(one, two) for one, two in zip(norm.buffers(), torch_s.buffers(), strict=True))
 
 
 def test_counts_are_those_of_a_loop(data: RankingData) -> None:

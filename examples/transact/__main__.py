@@ -14,6 +14,7 @@ from typing import Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+import torch.distributed as dist
 import tyro
 from rich.console import Console
 from torch import Tensor
@@ -50,14 +51,30 @@ class Options:
     threads: int = 1
     """CPU threads of each ranker."""
     jobs: int = 2
-    """Rankers trained at a time."""
+    """Rankers trained at a time; one where its tables are sharded."""
 
 
 def main(options: Options) -> None:
-    """Run everything."""
-    began = time.monotonic()
+    """Run everything, on this process or, where tables are sharded, on the ranks that torchrun started."""
     torch.set_num_threads(options.threads)
-    console = Console(width=None if sys.stdout.isatty() else 130)
+    if not options.train.sharded:
+        run(options)
+        return
+    from examples.transact.sharded import start  # torchrec is needed for nothing else
+
+    start(options.train.device)
+    try:
+        run(options)
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+def run(options: Options) -> None:
+    """Train on every rank; judge and report on the first."""
+    began = time.monotonic()
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    console = Console(quiet=not first, width=None if sys.stdout.isatty() else 130)
     data = load(options)
     console.print(
         f"{data.name}: {len(data.candidates.item)} candidates of {len(data.requests.user)} requests, "
@@ -65,12 +82,20 @@ def main(options: Options) -> None:
     )
     jury = Jury(data, options.part)
     scored = train_all(console, data, options, jury.rows)
+    if not first:
+        return
     judged = [jury.judge(name, each.probabilities) for name, each in scored.items()]
     judged += [jury.judge(name, scores, is_model=False) for name, scores in rules(data, jury.rows, options).items()]
     less = report.compare(jury, judged)
     write_scores(options.out / "scores.parquet", jury, judged)
     tables = report.tables(jury, judged, less)
-    notes = [*report.verdict(jury, judged, less), *data.notes, f"Took {time.monotonic() - began:.0f} s."]
+    served = [
+        f"{name}: its tables were sharded over {dist.get_world_size()} ranks; 512 candidates' logits, served from one "
+        f"lookup, differ by at most {each.served_apart:.1e}."
+        for name, each in scored.items()
+        if options.train.sharded
+    ]
+    notes = [*report.verdict(jury, judged, less), *served, *data.notes, f"Took {time.monotonic() - began:.0f} s."]
     losses = {name: each.loss for name, each in scored.items()}
     report.show(console, tables, notes)
     report.write(options.out / "report.html", data.name, tables, report.plots(jury, judged, losses), notes)
@@ -78,7 +103,16 @@ def main(options: Options) -> None:
 
 
 def load(options: Options) -> RankingData:
-    """Prepare the data, or read what an earlier run prepared."""
+    """Prepare the data, or read what an earlier run prepared; of several ranks the first one prepares."""
+    if dist.is_initialized() and dist.get_rank() > 0:
+        dist.barrier()
+    data = _load(options)
+    if dist.is_initialized() and dist.get_rank() == 0:
+        dist.barrier()
+    return data
+
+
+def _load(options: Options) -> RankingData:
     if options.data == "simulator":
         return world.load(options.world)
     if options.data == "completejourney":
@@ -89,7 +123,7 @@ def load(options: Options) -> RankingData:
 def train_all(console: Console, data: RankingData, options: Options, rows: Tensor) -> dict[str, Scored]:
     """What every ranker that was asked for says of some rows; some of them train at once."""
     trainings = {each: scoring(data, each, options.model, options.train, rows) for each in options.models}
-    return train_side_by_side(console, trainings, jobs=options.jobs)
+    return train_side_by_side(console, trainings, jobs=1 if options.train.sharded else options.jobs)
 
 
 def rules(data: RankingData, rows: Tensor, options: Options) -> dict[str, Tensor]:

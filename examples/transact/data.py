@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -45,6 +48,28 @@ class Candidates:
     """(N,) codes from 0."""
     numeric: Tensor
     """(N, F) float32, known before the request."""
+
+
+class Bags(NamedTuple):
+    """Raw ids of the items, some of each: an author, tags."""
+
+    ids: Tensor
+    """(N,) any int64."""
+    offsets: Tensor
+    """(I + 1,) where each item's begin and the last one's end."""
+
+    @classmethod
+    def where(cls, known: Tensor, ids: Tensor) -> Bags:
+        """Those that are known of (I, K) ids."""
+        sizes = known.sum(1)
+        return cls(ids[known], torch.cat([sizes.new_zeros(1), sizes.cumsum(0)]))
+
+    def of(self, rows: Tensor) -> Bags:
+        """Those of some items, in turn."""
+        begins, sizes = self.offsets[rows], self.offsets.diff()[rows]
+        ends = sizes.cumsum(0)
+        place = torch.arange(int(sizes.sum())) + (begins - ends + sizes).repeat_interleave(sizes)
+        return Bags(self.ids[place], torch.cat([ends.new_zeros(1), ends]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +117,8 @@ class RankingData:
     window_hours: float
     """The longest time window that training TransAct masks, unless it is told; 0: none. The paper has 24 everywhere."""
     notes: tuple[str, ...] = ()
+    item_ids: dict[str, Bags] = dataclasses.field(default_factory=dict)
+    """Raw ids that the items have beside their own."""
 
     def __post_init__(self) -> None:
         """Refuse what would be read as something else."""
@@ -125,6 +152,12 @@ class RankingData:
 def _check_codes(name: str, codes: Tensor, size: int) -> None:
     if len(codes) and not 0 <= int(codes.min()) <= int(codes.max()) < size:
         raise ValueError(f"{name} must be in [0, {size}), got {int(codes.min())} to {int(codes.max())}")
+
+
+def text_ids(values: list[str]) -> Tensor:
+    """(N,) an id for each text, the same in every process: 64 bits of BLAKE2b."""
+    ids = {value: hashlib.blake2b(value.encode(), digest_size=8).digest() for value in set(values)}
+    return torch.from_numpy(np.frombuffer(b"".join(ids[value] for value in values), np.int64).copy())
 
 
 def newest_before(histories: Timelines, rows: Tensor, times: Tensor) -> Tensor:

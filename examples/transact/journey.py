@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 
 import recblocks
 from examples.pinnerformer.data import purchase_vectors
-from examples.transact.data import Candidates, RankingData, Requests, newest_before
+from examples.transact.data import Bags, Candidates, RankingData, Requests, newest_before, text_ids
 from examples.transact.user_embedding import journey_embeddings
 from recblocks import Promotions, Timelines
 
@@ -101,6 +101,10 @@ def load(options: JourneyOptions, *, user_embedding: bool = True) -> RankingData
             f"A basket that bought something promoted is a request; its candidates are that and {options.unbought} "
             "promoted products that it did not buy. That it saw them is assumed.",
         ),
+        item_ids={
+            "author": _text_bags(promotions.product_text, "manufacturer_id"),
+            "tag": _text_bags(promotions.product_text, "department", "product_category", "product_type"),
+        },
     )
 
 
@@ -252,6 +256,12 @@ def _user_embedding(histories: Timelines, promotions: Promotions, users: Tensor,
 def _first_time(promotions: Promotions) -> int:
     """When the training weeks begin."""
     return int(promotions.requests["time"][promotions.requests["week"] == WEEKS["train"][0]].min())
+
+
+def _text_bags(text: dict[str, list[str]], *fields: str) -> Bags:
+    """What some fields say of a product, as raw ids; what is unknown is left out."""
+    ids = torch.stack([text_ids([f"{field}: {value}" for value in text[field]]) for field in fields], 1)
+    return Bags.where(torch.tensor([[value != "" for value in text[field]] for field in fields]).T, ids)
 
 
 def _codes(values: list[str]) -> Tensor:

@@ -13,7 +13,7 @@ from sklearn.decomposition import TruncatedSVD
 from torch import Tensor
 
 import recblocks
-from examples.transact.data import Candidates, RankingData, Requests, impressions_before, newest_before
+from examples.transact.data import Bags, Candidates, RankingData, Requests, impressions_before, newest_before
 from recblocks import Impressions, Timelines
 
 WATCHED = len(recblocks.KUAIRAND_TYPES)
@@ -120,6 +120,11 @@ def load(
             "user embedding: what came before the first day has no times, so none can be learned from it.",
             *(() if "tag" in seen.items else ("No categories are known here: every video is a topic of its own.",)),
         ),
+        item_ids={
+            each: Bags.where(seen.items[each][:, None] >= 0, seen.items[each][:, None])
+            for each in ("author", "tag")
+            if each in seen.items
+        },
     )
 
 

@@ -7,7 +7,10 @@ import itertools
 from typing import Literal, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils._pytree import tree_map
 
 from examples.transact.data import RankingData, hand_made_counts
 from recblocks import (
@@ -15,11 +18,18 @@ from recblocks import (
     AveragePooling,
     CNNAggregator,
     CrossNetwork,
+    EmbeddingTable,
+    FusedEmbeddingLookup,
+    IdFeature,
     LSTMAggregator,
     OutputCompression,
     RandomTimeWindowMask,
     RNNAggregator,
+    ServingLookup,
+    ShardableLookup,
 )
+
+Ids = Tensor | tuple[Tensor, Tensor]
 
 Sequence = Literal[
     "none", "average", "cnn", "rnn", "lstm", "bst", "bst_positive",
@@ -54,12 +64,21 @@ class ModelOptions:
     """Longest random time window that is masked in training TransAct (TA 3.3.4); 0: none. None: as suits the data."""
     user_embedding: bool = True
     """Read the user's embedding of the day before, where the data has one."""
-    learned_ids: int = 0
-    """Width of learned item embeddings beside the fixed vectors; 0: none."""
+    raw_ids: int = 0
+    """Width of the vectors learned for raw ids of users, items, authors and tags, beside the fixed ones; 0: none."""
+    raw_id_capacity: int = 200_000
+    """How many ids of each of these kinds there is room for."""
     embedding_dim: int = 8
     """Width of the embedding of each categorical feature."""
     cross_layers: int = 2
     mlp: tuple[int, ...] = (128, 64)
+
+
+class Share(NamedTuple):
+    """Which rows of a batch over several ranks one of them has."""
+
+    begin: int
+    total: int
 
 
 class Batch(NamedTuple):
@@ -82,10 +101,13 @@ class Batch(NamedTuple):
     """(B, F)."""
     user: Tensor
     """(Q, E), E = 0 without user embeddings."""
+    ids: dict[str, Ids]
+    """What `lookup_of` makes looks up; empty without raw ids."""
 
     def to(self, device: torch.device) -> Batch:
         """The batch on a device."""
-        return Batch(*(part.to(device) for part in self))
+        moved: Batch = tree_map(lambda part: part.to(device), self)
+        return moved
 
 
 class Inputs:
@@ -119,6 +141,7 @@ class Inputs:
             raise ValueError(f"histories must hold actions of types {wanted}, got none")
         self.data = data
         self.options = options
+        self.raw_users = data.histories.users[data.requests.user]
 
     def __call__(self, rows: Tensor) -> Batch:
         data, histories = self.data, self.data.histories
@@ -145,7 +168,47 @@ class Inputs:
             categorical=self.categorical[rows],
             numeric=self.numeric[rows],
             user=self.users[request],
+            ids=self._raw_ids(rows, request, actions["row"][valid]) if self.options.raw_ids else {},
         )
+
+    def _raw_ids(self, rows: Tensor, request: Tensor, seen: Tensor) -> dict[str, Ids]:
+        """Those of some candidates, of their requests, and of the items of all actions in turn."""
+        items = self.data.candidates.item[rows]
+        of_items = {name: tuple(bags.of(items)) for name, bags in self.data.item_ids.items()}
+        own = {"user": self.raw_users[request], "item": self.data.items[items], "seen": self.data.items[seen]}
+        return {**own, **of_items}
+
+
+def lookup_of(data: RankingData, options: ModelOptions) -> tuple[dict[str, EmbeddingTable], dict[str, IdFeature]]:
+    """The tables and features of the raw ids."""
+    table = EmbeddingTable(options.raw_id_capacity, options.raw_ids)
+    alone = {name: IdFeature(of, pooling=None) for name, of in (("user", "user"), ("item", "item"), ("seen", "item"))}
+    return (
+        dict.fromkeys(("user", "item", *data.item_ids), table),
+        {**alone, **{name: IdFeature(name, pooling="mean") for name in data.item_ids}},
+    )
+
+
+class GlobalBatchNorm(nn.BatchNorm1d):
+    """Batch norm of what needs no gradient, over the batches of all ranks where there are several.
+
+    torch's SyncBatchNorm is for GPUs alone.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, F)."""
+        if not (self.training and dist.is_initialized()):
+            return super().forward(x)
+        wide = x.double()
+        sums = torch.stack([torch.ones_like(wide[:1]).sum(0) * len(x), wide.sum(0), wide.square().sum(0)])
+        dist.all_reduce(sums)
+        num, mean = sums[0], sums[1] / sums[0]
+        variance = sums[2] / num - mean.square()
+        with torch.no_grad():
+            self.running_mean.lerp_(mean.to(x.dtype), self.momentum)
+            self.running_var.lerp_((variance * num / (num - 1)).to(x.dtype), self.momentum)
+            self.num_batches_tracked += 1
+        return functional.batch_norm(x, mean.to(x.dtype), variance.to(x.dtype), self.weight, self.bias, eps=self.eps)
 
 
 class Ranker(nn.Module):
@@ -156,20 +219,28 @@ class Ranker(nn.Module):
         inputs: what its batches hold.
         sequence: how it reads the realtime sequence.
         options: parts and sizes.
+        lookup: looks the raw ids up, where there are any.
     """
 
     vectors: Tensor
 
-    def __init__(self, data: RankingData, inputs: Inputs, sequence: Sequence, options: ModelOptions) -> None:
+    def __init__(
+        self,
+        data: RankingData,
+        inputs: Inputs,
+        sequence: Sequence,
+        options: ModelOptions,
+        lookup: FusedEmbeddingLookup | ServingLookup | ShardableLookup | None = None,
+    ) -> None:
         super().__init__()
         # Columns of about 1, as learned embeddings start: unit vectors of many columns would be faint beside them.
         self.register_buffer("vectors", data.vectors / data.vectors.square().mean().sqrt(), persistent=False)
-        self.learned = nn.Embedding(len(data.vectors), options.learned_ids) if options.learned_ids else None
-        item_dim = data.vectors.shape[1] + options.learned_ids
+        self.lookup = lookup
+        item_dim = data.vectors.shape[1] + options.raw_ids
         self.embeddings = nn.ModuleList(nn.Embedding(size, options.embedding_dim) for size in inputs.sizes)
         for table in self.embeddings:
             nn.init.normal_(table.weight, std=0.05)
-        self.norm = nn.BatchNorm1d(inputs.numeric.shape[1])
+        self.norm = GlobalBatchNorm(inputs.numeric.shape[1])
         self.reads = sequence
         day = 86_400 if data.histories.unit == "s" else 86_400_000
         self.window = None
@@ -178,45 +249,77 @@ class Ranker(nn.Module):
             self.window = RandomTimeWindowMask(max_window=hours / 24 * day)
         self.sequence, self.compression, sequence_dim = _sequence(data, sequence, options, item_dim)
         features = len(inputs.sizes) * options.embedding_dim + inputs.numeric.shape[1] + item_dim
-        width = features + inputs.users.shape[1] + sequence_dim
+        learned = options.raw_ids * (1 + len(data.item_ids))  # the user's own, and those that the item has
+        width = features + inputs.users.shape[1] + sequence_dim + learned
         self.cross = CrossNetwork(width, num_layers=options.cross_layers)
         widths = [width, *options.mlp]
         hidden = [layer for low, high in itertools.pairwise(widths) for layer in (nn.Linear(low, high), nn.ReLU())]
         self.mlp = nn.Sequential(*hidden, nn.Linear(widths[-1], len(data.heads) + 1))
 
-    def forward(self, batch: Batch, generator: torch.Generator | None = None) -> Tensor:
-        """(B, H + 1) logits; the last column is that of any action."""
+    def forward(self, batch: Batch, generator: torch.Generator | None = None, share: Share | None = None) -> Tensor:
+        """(B, H + 1) logits; the last column is that of any action.
+
+        Args:
+            batch: what to score.
+            generator: draws the windows that are masked in training.
+            share: which of the rows of a batch over several ranks these are.
+        """
         embedded = [table(batch.categorical[:, column]) for column, table in enumerate(self.embeddings)]
-        candidate = self._vectors(batch.candidate)
-        parts = [*embedded, self.norm(batch.numeric), candidate, batch.user[batch.request]]
+        candidate, items = self.vectors[batch.candidate], self.vectors[batch.items]
+        learned = []
+        if self.lookup is not None:
+            found = self.lookup(batch.ids)
+            user, item, seen = (found.unpooled[name] for name in ("user", "item", "seen"))
+            learned = [user[batch.request], *([found.pooled] if found.pooled.numel() else [])]
+            candidate = torch.cat([candidate, item], 1)
+            places = batch.valid[..., None].expand(-1, -1, seen.shape[1])
+            items = torch.cat([items, seen.new_zeros(places.shape).masked_scatter(places, seen)], 2)
+        parts = [*embedded, self.norm(batch.numeric), candidate, batch.user[batch.request], *learned]
         if self.sequence is not None:
-            parts.append(self._read(batch, candidate, generator))
+            parts.append(self._read(batch, items, candidate, generator, share))
         logits: Tensor = self.mlp(self.cross(torch.cat(parts, 1)))
         return logits
 
-    def _vectors(self, rows: Tensor) -> Tensor:
-        fixed = self.vectors[rows]
-        return fixed if self.learned is None else torch.cat([fixed, self.learned(rows)], -1)
-
-    def _read(self, batch: Batch, candidate: Tensor, generator: torch.Generator | None) -> Tensor:
+    def _read(
+        self, batch: Batch, items: Tensor, candidate: Tensor, generator: torch.Generator | None, share: Share | None
+    ) -> Tensor:
         if isinstance(self.sequence, ActionTransformer) and self.sequence.fusion == "concat" and not self.training:
-            return self._read_once(batch, candidate)
-        known = (batch.items, batch.types, batch.times, batch.valid, batch.request_time)
+            return self._read_once(batch, items, candidate)
+        known = (items, batch.types, batch.times, batch.valid, batch.request_time)
         items, types, times, valid, request_time = (part[batch.request] for part in known)
         if self.window is not None:
-            valid = valid & ~self.window(times, request_time, valid=valid, generator=generator)
+            valid = valid & ~self._window(times, request_time, valid, generator, share)
         if not isinstance(self.sequence, ActionTransformer):
-            pooled: Tensor = self.sequence(self._vectors(items), valid=valid)
+            pooled: Tensor = self.sequence(items, valid=valid)
             return pooled
-        out, seen = self.sequence(self._vectors(items), self._types(types), candidate, valid=valid)
+        out, seen = self.sequence(items, self._types(types), candidate, valid=valid)
         compressed: Tensor = self.compression(out, seen)
         if self.reads.startswith("bst"):
             return torch.cat([compressed, out[:, -1]], 1)
         return compressed
 
-    def _read_once(self, batch: Batch, candidate: Tensor) -> Tensor:
+    def _window(
+        self,
+        times: Tensor,
+        request_time: Tensor,
+        valid: Tensor,
+        generator: torch.Generator | None,
+        share: Share | None,
+    ) -> Tensor:
+        """Each rank draws for the rows of all, and keeps what is its own."""
+        if share is None:
+            masked: Tensor = self.window(times, request_time, valid=valid, generator=generator)
+            return masked
+        mine = slice(share.begin, share.begin + len(times))
+        every = [part.new_zeros(share.total, *part.shape[1:]) for part in (times, request_time, valid)]
+        for whole, part in zip(every, (times, request_time, valid), strict=True):
+            whole[mine] = part
+        masked = self.window(every[0], every[1], valid=every[2], generator=generator)
+        return masked[mine]
+
+    def _read_once(self, batch: Batch, items: Tensor, candidate: Tensor) -> Tensor:
         """The same where nothing is drawn, with each request's sequence encoded once for all its candidates."""
-        encoded = self.sequence.encode_user(self._vectors(batch.items), self._types(batch.types), valid=batch.valid)
+        encoded = self.sequence.encode_user(items, self._types(batch.types), valid=batch.valid)
         order = batch.request.argsort(stable=True)
         size = torch.bincount(batch.request)
         place = torch.empty_like(order)

@@ -103,7 +103,8 @@ def tables(jury: Jury, judged: Sequence[Judged], less: Mapping[str, Mapping[str,
     headings = ("less", f"HIT@{K} a request", "AUC", "AUC in requests", "distinct categories")
     for head, others in less.items():
         rows = [[name, *(interval_text(interval, "+") for interval in each)] for name, each in others.items()]
-        result.append(Table(f"{judged[0].name} minus the others, {head}", headings, rows))
+        if rows:
+            result.append(Table(f"{judged[0].name} minus the others, {head}", headings, rows))
     return result
 
 

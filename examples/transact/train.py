@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+import pathlib
 import threading
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+import torch.distributed as dist
+from torch import Tensor
 
 from examples.side_by_side import OnStep
+from examples.transact.checkpoint import Saved
 from examples.transact.data import RankingData, sampling_chance
-from examples.transact.model import Inputs, ModelOptions, Ranker, Sequence
-from recblocks import label_weight_matrix, label_weighted_bce_with_logits
+from examples.transact.model import Inputs, ModelOptions, Ranker, Sequence, lookup_of
+from examples.transact.steps import OneProcess
+from recblocks import FusedEmbeddingLookup, ShardableLookup, label_weight_matrix, label_weighted_bce_with_logits
 
 _SEEDED = threading.Lock()
 
@@ -36,6 +41,14 @@ class TrainOptions:
     the data."""
     label_weights: Literal["plain", "matrix"] = "plain"
     """"plain": cross entropy. "matrix": the data's label-weight matrix on top (TA eq. 2)."""
+    raw_id_rate: float = 0.02
+    """Peak of the learning rate of the vectors of raw ids, which row-wise Adagrad trains."""
+    sharded: bool = False
+    """Spread the tables of the raw ids over ranks by torchrec; torchrun starts them."""
+    checkpoint: pathlib.Path | None = None
+    """Folder to write checkpoints to, and to go on from the last one in."""
+    checkpoint_every: int = 100
+    """Steps between two checkpoints."""
     seed: int = 0
     device: str = "cpu"
     compile: bool = False
@@ -52,14 +65,18 @@ class Trained:
     own_weights: Tensor
     """(H,) how much a row with a head's own action alone weighs in it, against one without any."""
     loss: list[float]
+    served_apart: float = 0.0
+    """By how much the logits of what is served differ at most from those of the tables that were sharded."""
 
 
 class Scored(NamedTuple):
     """What a trained ranker leaves behind."""
 
     probabilities: Tensor
-    """(N, H)."""
+    """(N, H); nothing on ranks after the first."""
     loss: list[float]
+    served_apart: float = 0.0
+    """What `Trained` says."""
 
 
 def scoring(
@@ -69,7 +86,9 @@ def scoring(
 
     def score(on_step: OnStep) -> Scored:
         trained = train(data, sequence, model_options, options, on_step=on_step)
-        return Scored(predict(trained, rows, on_step=on_step), trained.loss)
+        first = not dist.is_initialized() or dist.get_rank() == 0
+        probabilities = predict(trained, rows, on_step=on_step) if first else torch.empty(0, len(data.heads))
+        return Scored(probabilities, trained.loss, trained.served_apart)
 
     return score
 
@@ -90,13 +109,19 @@ def train(
         model_options: parts and sizes.
         options: of the training.
         on_step: called with the finished steps, all steps, and the loss.
+
+    Returns:
+        what was trained; on ranks after the first its tables are in pieces.
     """
+    if options.sharded and (not model_options.raw_ids or options.compile):
+        raise ValueError("sharded must come with raw_ids above 0, whose tables are sharded, and without compile")
     device = torch.device(options.device)
     inputs = Inputs(data, model_options, sequence)
+    new_ids = torch.Generator().manual_seed(options.seed)
     with _SEEDED:  # of two rankers built at once each draws from its own seed
+        lookup = _lookup(data, model_options, options)
         torch.manual_seed(options.seed)
-        ranker = Ranker(data, inputs, sequence, model_options).to(device)
-    forward: nn.Module = torch.compile(ranker, dynamic=True) if options.compile else ranker
+        ranker = Ranker(data, inputs, sequence, model_options, lookup)
     generator = torch.Generator().manual_seed(options.seed)
     windows = torch.Generator(device).manual_seed(options.seed)
     rows = data.rows_of("train")
@@ -112,33 +137,66 @@ def train(
     batch_size = data.batch_size if options.batch_size is None else options.batch_size
     steps_an_epoch = math.ceil(float(chance.sum()) / batch_size)
     steps = steps_an_epoch * epochs
-    optimizer = torch.optim.AdamW(ranker.parameters(), lr=options.learning_rate, weight_decay=1e-4)
     matrix, base = _label_weights(data, options)
     # What the matrix weighs, it weighs against all rows without action: those that are left stand for the others.
     is_plain = options.label_weights == "plain"
     left, stands_for = (share, torch.ones_like(chance)) if is_plain else (1.0, 1 / chance)
     start_from_rates(ranker, labels, (chance * stands_for)[:, None] * (labels @ matrix.T + base))
+    model = _steps(ranker, options)
+    if ranker.lookup is not None:
+        ranker.lookup.reset_parameters(generator=new_ids)
     trained = Trained(ranker, inputs, left, (base + matrix.diagonal())[:-1], [])
+    saved = None
+    if options.checkpoint is not None:
+        saved = Saved(options.checkpoint / sequence, (data.name, sequence, model_options, options), [windows, new_ids])
+        trained.loss.extend(saved.resume(model))
     matrix, base = matrix.to(device), base.to(device)
     ranker.train()
     for epoch in range(epochs):
         kept = torch.nonzero(torch.rand(len(rows), generator=generator) < chance).squeeze(1)
         order = kept[torch.randperm(len(kept), generator=generator)]
-        for batch, places in enumerate(order.tensor_split(steps_an_epoch)):
-            chosen = rows[places]
-            for group in optimizer.param_groups:
-                group["lr"] = options.learning_rate * _schedule(epoch * steps_an_epoch + batch, steps, options)
-            wanted, weights = labels[places].to(device), stands_for[places].to(device)
-            logits = forward(inputs(chosen).to(device), windows)
-            loss = label_weighted_bce_with_logits(logits, wanted, matrix, sample_weights=weights, base_weights=base)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            trained.loss.append(loss.item())
+        for number, places in enumerate(order.tensor_split(steps_an_epoch), start=epoch * steps_an_epoch):
+            if number < len(trained.loss):  # done before the checkpoint that this training goes on from
+                continue
+            mine, of_all = model.own(places)
+            batch = inputs(rows[mine]).to(device)
+            wanted, weights = labels[mine].to(device), stands_for[mine].to(device)
+            model.begin(_schedule(number, steps, options), batch, new_ids)
+            logits = model.forward(batch, windows, of_all)
+            losses = label_weighted_bce_with_logits(
+                logits, wanted, matrix, sample_weights=weights, base_weights=base, reduction="none"
+            )
+            trained.loss.append(model.step(losses, of_all))
+            if saved is not None and (number + 1) % options.checkpoint_every == 0:
+                saved.save(model, trained.loss)
             if on_step is not None:
                 on_step(len(trained.loss), steps, trained.loss[-1])
     ranker.eval()
+    build = functools.partial(Ranker, data, inputs, sequence, model_options)
+    trained.ranker, trained.served_apart = model.served(build, inputs(rows[:512]).to(device))
     return trained
+
+
+def _lookup(
+    data: RankingData, model_options: ModelOptions, options: TrainOptions
+) -> FusedEmbeddingLookup | ShardableLookup | None:
+    """What looks the raw ids up, if they are read: in one process, or ready to be sharded."""
+    if not model_options.raw_ids:
+        return None
+    tables, features = lookup_of(data, model_options)
+    if options.sharded:
+        return ShardableLookup(tables, features, device="meta")
+    return FusedEmbeddingLookup(tables, features, gradient="rowwise_adagrad", dtype=torch.float32)
+
+
+def _steps(ranker: Ranker, options: TrainOptions) -> Any:
+    """What a step does, in one process or over ranks."""
+    rates = {"rate": options.learning_rate, "raw_id_rate": options.raw_id_rate}
+    if not options.sharded:
+        return OneProcess(ranker.to(options.device), compiled=options.compile, **rates)
+    from examples.transact.sharded import Sharded  # torchrec is needed for nothing else
+
+    return Sharded(ranker, device=torch.device(options.device), **rates)
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 import recblocks
-from examples.transact.data import Candidates, RankingData, Requests, impressions_before, newest_before
+from examples.transact.data import Bags, Candidates, RankingData, Requests, impressions_before, newest_before
 from recblocks import Timelines
 
 DAY = 86_400_000
@@ -89,4 +89,5 @@ def load(options: WorldOptions) -> RankingData:
             f"{int((~known).sum())} requests of users who never do anything are left out. No user embedding: training "
             "begins on the first day, before which there is nothing to learn one from.",
         ),
+        item_ids={"tag": Bags(seen.items.topic.long(), torch.arange(world.num_items + 1))},
     )

@@ -1,0 +1,106 @@
+"""A training's checkpoints: a folder a step that is whole or not there, read by any number of ranks."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+import shutil
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+
+
+def save(folder: pathlib.Path, step: int, rest: dict[str, Any], tables: dict[str, Any] | None) -> None:
+    """Write a checkpoint beside the last, then put it in its place; every rank must call it.
+
+    Args:
+        folder: of all checkpoints of this training.
+        step: how many steps were done.
+        rest: what every rank has, or the only process.
+        tables: what is in pieces over the ranks, if anything is.
+    """
+    partial, whole = folder / f"step-{step}.partial", folder / f"step-{step}"
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    if first:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    _wait()
+    if tables is not None:
+        dcp.save(tables, checkpoint_id=partial / "tables")
+    if first:
+        with (partial / "rest.pt").open("wb") as file:
+            torch.save(rest, file)
+            file.flush()
+            os.fsync(file.fileno())
+        _wait()
+        older = _steps(folder)
+        partial.rename(whole)
+        for step in older:
+            shutil.rmtree(folder / f"step-{step}")
+    else:
+        _wait()
+    _wait()
+
+
+def load(folder: pathlib.Path, tables: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Read the last checkpoint: the tables in place, the rest as it was given; None where there is none."""
+    steps = _steps(folder)
+    if not steps:
+        return None
+    last = folder / f"step-{max(steps)}"
+    if tables is not None:
+        dcp.load(tables, checkpoint_id=last / "tables")
+    rest: dict[str, Any] = torch.load(last / "rest.pt", weights_only=True)
+    return rest
+
+
+class Saved:
+    """The checkpoints of one training.
+
+    Args:
+        folder: where they are.
+        made_for: what the training must be that goes on from them; the last is its options.
+        generators: what it draws from.
+    """
+
+    def __init__(self, folder: pathlib.Path, made_for: tuple[Any, ...], generators: list[torch.Generator]) -> None:
+        *others, options = made_for
+        kept = dataclasses.replace(options, checkpoint=None, checkpoint_every=0)
+        self.folder, self.made_for, self.generators = folder, repr((*others, kept)), generators
+
+    def save(self, model: Any, losses: list[float]) -> None:
+        """Write what `steps.OneProcess` or `sharded.Sharded` is after so many losses; every rank must call it."""
+        rest, tables = model.state()
+        rest |= {"made_for": self.made_for, "loss": losses, "generators": [one.get_state() for one in self.generators]}
+        save(self.folder, len(losses), rest, tables)
+
+    def resume(self, model: Any) -> list[float]:
+        """Go on from the last one; the losses until then, none where there is no checkpoint.
+
+        Raises:
+            ValueError: it is another training's.
+        """
+        _, tables = model.state()
+        rest = load(self.folder, tables)
+        if rest is None:
+            return []
+        if rest["made_for"] != self.made_for:
+            raise ValueError(f"checkpoint must be of {self.made_for}, got {rest['made_for']}")
+        model.load(rest, tables)
+        for generator, state in zip(self.generators, rest["generators"], strict=True):
+            generator.set_state(state)
+        losses: list[float] = rest["loss"]
+        return losses
+
+
+def _steps(folder: pathlib.Path) -> list[int]:
+    names = (path.name.removeprefix("step-") for path in folder.glob("step-*"))
+    return [int(name) for name in names if name.isdigit()]
+
+
+def _wait() -> None:
+    if dist.is_initialized():
+        dist.barrier()
