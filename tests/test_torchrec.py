@@ -22,6 +22,7 @@ from recblocks import (
     copy_to_collections,
     lookup_from_collections,
 )
+from recblocks.embedding import _collections
 
 if importlib.util.find_spec("torchrec") is None:
     pytest.skip("torchrec is not installed; the README says how", allow_module_level=True)
@@ -277,6 +278,28 @@ def test_an_unsharded_lookup_is_a_fused_one_forward_and_backward():
     for dim, weight in fused.weights.items():
         assert torch.equal(again.weights[dim], weight)
         torch.testing.assert_close(gradients.weights[dim], weight.grad, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("fails_at", range(3))
+def test_an_insert_that_fails_while_vectors_are_written_changes_nothing(fails_at, monkeypatch):
+    lookup = shardable()
+    before = copy.deepcopy(lookup.state_dict())
+    written, write_rows = [], _collections.write_rows
+
+    def fail(*args):
+        written.append(args)
+        write_rows(*args)
+        if len(written) == fails_at + 1:
+            raise MemoryError("no more")
+
+    monkeypatch.setattr(_collections, "write_rows", fail)
+    with pytest.raises(MemoryError):
+        lookup.insert(sharded.whole(2))
+    assert len(written) == fails_at + 1
+    for name, tensor in lookup.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    monkeypatch.setattr(_collections, "write_rows", write_rows)
+    assert min(lookup.insert(sharded.whole(2)).values()) > 0
 
 
 def test_a_shardable_lookup_takes_a_fused_one_s_place_and_gives_it_back():

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor import api
 
 from recblocks import _checks
+from recblocks.embedding._buckets import Changes
 from recblocks.embedding._layout import EmbeddingTable, IdFeature
 
 INSTALL = (
@@ -94,13 +95,14 @@ def pieces_of(weight: Any) -> Iterator[Piece]:
         yield Piece(shard.tensor.detach(), row, column)
 
 
-def write_rows(weight: Any, rows: Tensor, vectors: Tensor) -> None:
-    """Write (K, dim) vectors into (K,) rows of a table, of which each rank keeps what is its own."""
+def write_rows(weight: Any, rows: Tensor, vectors: Tensor, changes: Changes | None = None) -> None:
+    """Write (K, dim) vectors into (K,) different rows of a table, of which each rank keeps what is its own."""
+    changes = Changes() if changes is None else changes
     for piece in pieces_of(weight):
         at = rows - piece.begin_row
         mine = (at >= 0) & (at < piece.tensor.shape[0])
         columns = slice(piece.begin_column, piece.begin_column + piece.tensor.shape[1])
-        piece.tensor[at[mine]] = vectors[mine, columns].to(piece.tensor.dtype)
+        changes.set(piece.tensor, at[mine], vectors[mine, columns])
 
 
 def whole(weight: Any, *, to_rank: int = 0) -> Tensor | None:

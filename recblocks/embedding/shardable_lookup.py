@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from recblocks import _checks
 from recblocks._distributed import all_gather_ragged
 from recblocks.embedding import _collections
+from recblocks.embedding._buckets import Changes
 from recblocks.embedding._first_weights import draw_rows, draw_unseen
 from recblocks.embedding._gather import ascending, rows_of
 from recblocks.embedding._layout import EmbeddingTable, Group, IdFeature, Ids, Layout, PackedIds, Vectors
@@ -186,7 +188,7 @@ class ShardableLookup(nn.Module):
 
         Raises:
             TypeError, ValueError: like `forward`'s; `TableFull`, on every rank, for more new ids than a table has rows
-                for, and then none is given any.
+                for. A failed call changes nothing on the rank that failed.
             RuntimeError: the table is read or written meanwhile.
         """
         ids, feature = ascending(self.layout.groups(features, self.places.device))
@@ -196,19 +198,11 @@ class ShardableLookup(nn.Module):
             return dict.fromkeys(self.layout.tables, 0)
         ids, order = every[:, 0].sort()
         try:
-            begun = self.table.insert(ids, self.places[0, every[order, 1]]).begun
+            begun = self.table._write(self._insert, ids, self.places[0, every[order, 1]], generator)
         except TableFull as full:
             raise full.named(self.layout.order) from None
-        counts: dict[str, int] = {}
-        weights = _collections.weights_of(self.collections)
-        for one in draw_rows(begun, self.table.begins, self.layout, generator, torch.float32):
-            nums = torch.searchsorted(one.begun, self.table.begins).diff()[one.parts.start : one.parts.stop].tolist()
-            pieces = zip(one.parts, torch.split(one.begun, nums), torch.split(one.vectors, nums), strict=True)
-            for part, rows, vectors in pieces:
-                name = self.layout.order[part]
-                at = rows - self.table.begins[part] + self._num_unseen(name)
-                _collections.write_rows(weights[name], at, vectors)
-                counts[name] = len(rows)
+        nums: list[int] = torch.searchsorted(begun, self.table.begins).diff().tolist()
+        counts = dict(zip(self.layout.order, nums, strict=True))
         return {name: counts[name] for name in self.layout.tables}
 
     def load_fused(self, lookup: FusedEmbeddingLookup) -> None:
@@ -259,6 +253,24 @@ class ShardableLookup(nn.Module):
     def extra_repr(self) -> str:
         """Say how many features there are."""
         return f"num_features={len(self.layout.features)}"
+
+    def _insert(self, changes: Changes, ids: Tensor, parts: Tensor, generator: torch.Generator | None) -> Tensor:
+        """The rows that are given; what was written is put back if anything fails."""
+        weights = _collections.weights_of(self.collections)
+        draw = functools.partial(self._draw, weights, generator)
+        return self.table._insert(changes, ids, parts if len(self.layout.order) > 1 else None, draw).begun
+
+    def _draw(
+        self, weights: Mapping[str, Any], generator: torch.Generator | None, changes: Changes, begun: Tensor
+    ) -> None:
+        """Draw the weights of rows of the id table that are given anew, ascending."""
+        for one in draw_rows(begun, self.table.begins, self.layout, generator, torch.float32):
+            nums = torch.searchsorted(one.begun, self.table.begins).diff()[one.parts.start : one.parts.stop].tolist()
+            pieces = zip(one.parts, torch.split(one.begun, nums), torch.split(one.vectors, nums), strict=True)
+            for part, rows, vectors in pieces:
+                name = self.layout.order[part]
+                at = rows - self.table.begins[part] + self._num_unseen(name)
+                _collections.write_rows(weights[name], at, vectors, changes)
 
     def _ranges(self) -> list[tuple[str, slice, int]]:
         """Of each range of rows: its table, where it lies in a fused lookup's weight, where it begins in the table."""
