@@ -14,6 +14,7 @@ from recblocks import _checks
 from recblocks._hashing import FIRST, GOLDEN, LOW_32, mix, signed
 from recblocks.embedding._buckets import Slots, find
 from recblocks.embedding._layout import Group, Layout
+from recblocks.embedding.id_table import IdTable
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 BACKENDS = ("auto", "reference", "triton")
@@ -107,11 +108,13 @@ def side_by_side(groups: Sequence[Group]) -> tuple[Tensor, Tensor]:
     return ids, torch.cat([group.feature.expand_as(group.ids).flatten() for group in groups])
 
 
-def ascending(groups: Sequence[Group]) -> tuple[Tensor, Tensor]:
-    """The same in the order of the ids, which does not follow from how a batch is laid out, or shared by ranks."""
+def without_row(groups: Sequence[Group], table: IdTable, places: Tensor) -> tuple[Tensor, Tensor]:
+    """What of a batch an insert is for: ids that have no row, and their features; all where each sighting counts."""
     ids, feature = side_by_side(groups)
-    ids, order = ids.sort()
-    return ids, feature[order]
+    if table.sketch is not None or table.evicts is not None:
+        return ids, feature
+    unknown = table.find(ids, places[0, feature]) < 0
+    return ids[unknown], feature[unknown]
 
 
 def restore_dtypes(module: nn.Module, before: Mapping[str, Tensor]) -> None:

@@ -16,12 +16,12 @@ from recblocks.embedding._buckets import Changes
 from recblocks.embedding._first_weights import draw_rows, draw_unseen
 from recblocks.embedding._gather import (
     BACKENDS,
-    ascending,
     kernel_for,
     kernel_vectors,
     pool,
     restore_dtypes,
     rows_of,
+    without_row,
 )
 from recblocks.embedding._id_table_state import MOST_ROWS, SAVED, capacities_of, check_sketch, check_state
 from recblocks.embedding._layout import (
@@ -239,9 +239,10 @@ class FusedEmbeddingLookup(nn.Module):
             TypeError, ValueError: like `forward`'s; `TableFull` for more new ids than a table has rows for.
             RuntimeError: the table is read or written meanwhile; or ids that no hash function can place.
         """
-        ids, feature = ascending(self.layout.groups(features, self.places.device))
+        ids, feature = without_row(self.layout.groups(features, self.places.device), self.table, self.places)
+        ids, order = ids.sort()
         try:
-            nums = self.table._write(self._insert, ids, self.places[0, feature], generator)
+            nums = self.table._write(self._insert, ids, self.places[0, feature[order]], generator)
         except TableFull as full:
             raise full.named(self.layout.order) from None
         counts = dict(zip(self.layout.order, nums, strict=True))

@@ -17,7 +17,7 @@ from recblocks._distributed import all_gather_ragged
 from recblocks.embedding import _collections
 from recblocks.embedding._buckets import Changes
 from recblocks.embedding._first_weights import draw_rows, draw_unseen
-from recblocks.embedding._gather import ascending, rows_of
+from recblocks.embedding._gather import rows_of, without_row
 from recblocks.embedding._layout import EmbeddingTable, Group, IdFeature, Ids, Layout, PackedIds, Vectors
 from recblocks.embedding.fused_lookup import FusedEmbeddingLookup
 from recblocks.embedding.id_table import IdTable, TableFull
@@ -191,9 +191,8 @@ class ShardableLookup(nn.Module):
                 for. A failed call changes nothing on the rank that failed.
             RuntimeError: the table is read or written meanwhile.
         """
-        ids, feature = ascending(self.layout.groups(features, self.places.device))
-        unknown = self.table.find(ids, self.places[0, feature]) < 0
-        every, _ = all_gather_ragged(torch.stack([ids[unknown], feature[unknown]], 1), group)
+        new = without_row(self.layout.groups(features, self.places.device), self.table, self.places)
+        every, _ = all_gather_ragged(torch.stack(new, 1), group)
         if not len(every):
             return dict.fromkeys(self.layout.tables, 0)
         ids, order = every[:, 0].sort()
