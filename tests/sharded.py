@@ -25,6 +25,7 @@ SHARES = {
 }
 STEPS = 6
 PLANS = {"by table": "table_wise", "by row": "row_wise"}
+COLUMNS = {"item": EmbeddingTable(60, dim=8), "user": EmbeddingTable(40, dim=8), "tag": EmbeddingTable(30, dim=8)}
 RATE = 0.1
 
 
@@ -114,21 +115,70 @@ def sharders():
     return [Rows(), EmbeddingCollectionSharder()]
 
 
-def trained(rank, world, plan):
-    """What the ranks make of all steps, each of its share."""
+def spread(model, lookup, constraint):
+    """The model with its tables on the ranks."""
     from torchrec.distributed import DistributedModelParallel
-    from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
+    from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
     from torchrec.optim import RowWiseAdagrad
     from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 
-    lookup = ShardableLookup(TABLES, FEATURES, device="meta")
-    model = built(lookup)
+    world = dist.get_world_size()
     apply_optimizer_in_backward(RowWiseAdagrad, lookup.table_weights(), {"lr": RATE, "eps": 1e-8})
-    constraints = {name: ParameterConstraints(sharding_types=[PLANS[plan]]) for name in TABLES}
-    topology = Topology(world_size=world, local_world_size=world, compute_device="cpu")
-    planner = EmbeddingShardingPlanner(topology=topology, constraints=constraints)
+    planner = EmbeddingShardingPlanner(
+        topology=Topology(world_size=world, local_world_size=world, compute_device="cpu"),
+        constraints=dict.fromkeys(lookup.layout.tables, constraint),
+    )
     made = planner.collective_plan(model, sharders(), dist.group.WORLD)
-    parallel = DistributedModelParallel(model, plan=made, sharders=sharders(), device=torch.device("cpu"))
+    return DistributedModelParallel(model, plan=made, sharders=sharders(), device=torch.device("cpu"))
+
+
+def by_column(rank):
+    """Whether vectors of tables cut by columns are those of one lookup, with and without a generator, and gathered."""
+    from torchrec.distributed.planner import ParameterConstraints
+
+    cut = ParameterConstraints(sharding_types=["column_wise"], min_partition=4)
+    lookup = ShardableLookup(COLUMNS, FEATURES, device="meta")
+    spread(nn.ModuleList([lookup]), lookup, cut)
+    generator, found = torch.Generator().manual_seed(5), {}
+    lookup.reset_parameters(generator=generator)
+    lookup.insert(whole(0), generator=generator)
+    lookup.insert(whole(1))  # from a seed that the ranks agree on
+    vectors = lookup(whole(1))
+    fused = lookup.to_fused()
+    found["widths"] = sorted({shard.tensor.shape[1] for one in shards(lookup).values() for shard in one.local_shards()})
+    found["drawn"] = [vectors.pooled, *vectors.unpooled.values()]
+    if fused is not None:
+        alone = FusedEmbeddingLookup(COLUMNS, FEATURES)
+        generator = torch.Generator().manual_seed(5)
+        alone.reset_parameters(generator=generator)
+        alone.insert(whole(0), generator=generator)
+        found["alone"], found["sharded"] = alone(whole(0)).pooled.detach(), fused(whole(0)).pooled.detach()
+        gathered = fused(whole(1))
+        found["gathered"] = [gathered.pooled.detach(), *(one.detach() for one in gathered.unpooled.values())]
+    found["drawn"] = [one.detach() for one in found["drawn"]]
+    found["errors"] = errors(lookup, rank)
+    return found
+
+
+def errors(lookup, rank):
+    """What every rank is told where one has bad features, and where one holds other ids."""
+    said = []
+    for given in (whole(2) if rank == 0 else {}, whole(2)):
+        if len(said):
+            lookup.table.erase(torch.arange(3), torch.zeros(3, dtype=torch.int64)) if rank else None
+        try:
+            lookup.insert(given)
+        except (ValueError, RuntimeError) as error:
+            said.append(f"{type(error).__name__}: {error}")
+    return said
+
+
+def trained(rank, world, plan):
+    """What the ranks make of all steps, each of its share."""
+    from torchrec.distributed.planner import ParameterConstraints
+
+    lookup = ShardableLookup(TABLES, FEATURES, device="meta")
+    parallel = spread(built(lookup), lookup, ParameterConstraints(sharding_types=[PLANS[plan]]))
     generator = torch.Generator().manual_seed(7)
     lookup.reset_parameters(generator=generator)
     optimizer = torch.optim.SGD(parallel.module.score.parameters(), lr=RATE)
@@ -173,6 +223,8 @@ def run(rank, world, folder):
     store = f"file://{folder}/store{world}"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world, timeout=dt.timedelta(seconds=60))
     results = {plan: trained(rank, world, plan) for plan in PLANS}
+    if world == 2:
+        results["by column"] = by_column(rank)
     torch.save(results, f"{folder}/{rank} of {world}.pt")
     dist.barrier()
     dist.destroy_process_group()

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 import recblocks
 from examples.pinnerformer.data import purchase_vectors
@@ -34,7 +35,7 @@ from recblocks.timelines import kuairand as reader
 from recblocks.timelines.promotions import DISPLAY_LOCATIONS, MAILER_LOCATIONS
 from recblocks.timelines.sources import TEXT_FIELDS
 
-READ = ModelOptions(length=8)
+READ = ModelOptions(length=8, raw_ids=4)
 DAY, WEEK = 86_400, 7 * 86_400
 Part = Literal["kuairand_pure", "kuairand27k_explicit"]
 Plant = Callable[..., RankingData]
@@ -52,7 +53,8 @@ def changed(before: RankingData, after: RankingData, cut: int) -> set[str]:
         ]
     except ValueError as error:
         return {"refused"} if "actions must be before their request" in str(error) else {str(error)}
-    names = {name for name in told[0] if not torch.equal(told[0][name], told[1][name])}
+    leaves = {name: [tree_leaves(one[name]) for one in told] for name in told[0]}
+    names = {name for name, pair in leaves.items() if not all(map(torch.equal, *pair))}
     return names if torch.equal(before.vectors, after.vectors) else {*names, "vectors"}
 
 

@@ -73,3 +73,20 @@ def test_every_rank_knows_how_many_ids_were_new_and_that_a_table_is_full(results
         message, unchanged = results[world, plan][rank]["full"]
         assert "of 'item' must be at most" in message
         assert unchanged
+
+
+def test_tables_cut_by_columns_have_the_vectors_of_one_lookup(results):
+    first, second = results[2, "by column"]
+    assert first["widths"] == second["widths"] == [4]
+    torch.testing.assert_close(first["sharded"], first["alone"], rtol=0, atol=1e-6)
+    for one, other, gathered in zip(first["drawn"], second["drawn"], first["gathered"], strict=True):
+        assert torch.equal(one, other)
+        torch.testing.assert_close(one, gathered, rtol=0, atol=1e-6)
+
+
+def test_every_rank_hears_of_one_that_has_bad_features_or_other_ids(results):
+    first, second = (one["errors"] for one in results[2, "by column"])
+    assert first[0] == "ValueError: features must be good on every rank, got an error on rank 1"
+    assert second[0].startswith("ValueError: features must be those of the lookup")
+    assert first[1] == second[1]
+    assert first[1].startswith("RuntimeError: every rank must hold the same ids, got so many of them on the ranks: [")

@@ -30,6 +30,7 @@ if importlib.util.find_spec("torchrec") is None:
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # fbgemm's own deprecations while it is imported
     from torchrec import (
+        DataType,
         EmbeddingBagCollection,
         EmbeddingBagConfig,
         EmbeddingCollection,
@@ -203,8 +204,11 @@ def test_what_a_keyed_lookup_cannot_take_is_named():
     ragged = KeyedJaggedTensor(
         keys, torch.arange(6), lengths=torch.ones(6, dtype=torch.int64), stride_per_key_per_rank=[[1], [2], [3]]
     )
-    with pytest.raises(ValueError, match=r"features must have as many bags for each key, got \[1, 2, 3\]"):
-        lookup(ragged)
+    inverse = keys, torch.tensor([[0, 1, 0]] * 3)
+    shared = KeyedJaggedTensor(keys, torch.arange(6), lengths=torch.ones(6, dtype=torch.int64), inverse_indices=inverse)
+    for wrong in (ragged, shared):
+        with pytest.raises(ValueError, match="features must have one bag a row for each key"):
+            lookup(wrong)
     for lengths in ([1, 1, 2], [1, 3, -1], [0, 0, 2]):
         wrong = KeyedJaggedTensor(keys, torch.arange(3), lengths=torch.tensor(lengths))
         with pytest.raises(ValueError, match="features must have lengths of at least 0 that add up to 3, got"):
@@ -220,8 +224,20 @@ def test_what_cannot_be_keyed_or_converted_is_named():
         KeyedLookup(mixed)
     with pytest.raises(TypeError, match="lookup must be one of FusedEmbeddingLookup"):
         KeyedLookup(torch.nn.Linear(1, 1))
-    with pytest.raises(TypeError, match="collections must be of EmbeddingBagCollections"):
+    with pytest.raises(TypeError, match="collections must be EmbeddingBagCollections and .*, got a Linear"):
         lookup_from_collections([torch.nn.Linear(1, 1)])
+    with pytest.raises(TypeError, match="collections must be several, as in a list, got a EmbeddingBagCollection"):
+        lookup_from_collections(bag_collection())
+    with pytest.raises(ValueError, match="collections must be at least one, got none"):
+        lookup_from_collections([])
+    with pytest.raises(TypeError, match="ids must be a mapping of tables"):
+        lookup_from_collections([bag_collection()], ids=[torch.arange(7)])
+    weighted = EmbeddingBagCollection(tables=bag_collection().embedding_bag_configs(), is_weighted=True)
+    with pytest.raises(ValueError, match="collections must be without is_weighted"):
+        lookup_from_collections([weighted])
+    on_meta = EmbeddingBagCollection(tables=bag_collection().embedding_bag_configs(), device=torch.device("meta"))
+    with pytest.raises(ValueError, match="collections must not be on meta when rows are read or written, got 'users'"):
+        copy_to_collections(lookup_from_collections([bag_collection()]), [on_meta])
     with pytest.raises(ValueError, match="tables of different names, got 'users' twice"):
         lookup_from_collections([bag_collection(), each_collection()])
     twice = EmbeddingBagCollection(
@@ -244,6 +260,60 @@ def test_what_cannot_be_keyed_or_converted_is_named():
     with pytest.raises(ValueError, match=r"collections must have tables of the lookup, .* got 'things' of width 4"):
         copy_to_collections(lookup, [other])
     assert all(torch.equal(one, before[name]) for name, one in other.state_dict().items())
+
+
+def test_rows_that_an_id_table_gave_are_not_taken_for_ids():
+    made = ShardableLookup({"users": EmbeddingTable(6, dim=4)}, {"u": IdFeature("users")})
+    with pytest.raises(ValueError, match="collections must not be a ShardableLookup's: its load_fused and to_fused"):
+        lookup_from_collections(made.collections)
+    with pytest.raises(ValueError, match="collections must not be a ShardableLookup's"):
+        copy_to_collections(lookup_from_collections([bag_collection()]), [made.bags])
+
+
+def test_vectors_that_a_table_cannot_hold_are_not_written():
+    lookup = lookup_from_collections([bag_collection()])
+    lookup.weights["4"].data.fill_(1e6)
+    short = EmbeddingBagCollection(
+        tables=[
+            EmbeddingBagConfig(
+                name=name, embedding_dim=dim, num_embeddings=rows, feature_names=[name], data_type=DataType.FP16
+            )
+            for name, dim, rows in (("things", 8, 9), ("users", 4, 7))
+        ]
+    )
+    before = copy.deepcopy(short.state_dict())
+    with pytest.raises(ValueError, match=r"lookup must have vectors that torch\.float16 can hold for 'users'"):
+        copy_to_collections(lookup, [short])
+    assert all(torch.equal(one, before[name]) for name, one in short.state_dict().items())
+
+
+def test_offsets_and_lengths_of_32_bits_and_batches_of_nothing_are_taken():
+    collection = bag_collection()
+    lookup, batch = KeyedLookup(lookup_from_collections([collection])), keyed(BAGS)
+    want = lookup(batch).values()
+    short = KeyedJaggedTensor(batch.keys(), batch.values(), lengths=batch.lengths().int())
+    assert torch.equal(lookup(short).values(), want)
+    ends = torch.cat([batch.lengths().new_zeros(1), batch.lengths().cumsum(0)])
+    assert torch.equal(lookup(KeyedJaggedTensor(batch.keys(), batch.values(), offsets=ends.int())).values(), want)
+    none = KeyedJaggedTensor(["u", "t", "v"], torch.arange(0), lengths=torch.arange(0))
+    assert lookup(none).values().shape == (0, 20)
+    assert lookup.insert(none) == {"users": 0, "things": 0}
+
+
+def test_features_of_one_id_and_bags_in_any_order_get_their_own_columns():
+    tables = {"a": EmbeddingTable(30, dim=2), "b": EmbeddingTable(30, dim=2), "c": EmbeddingTable(30, dim=3)}
+    features = {"f": "b", "g": "a", "h": "c", "i": "b", "j": "a"}
+    made = [
+        kind(tables, {name: IdFeature(table) for name, table in features.items()})
+        for kind in (FusedEmbeddingLookup, ShardableLookup)
+    ]
+    batch = {name: torch.randint(9, (4,)) for name in features}
+    batch["i"] = torch.tensor([1, 2, 3]), torch.tensor([0, 0, 2, 3, 3])
+    made[0].insert(batch)
+    made[1].load_fused(made[0])
+    got, want = made[1](batch).pooled, made[0](batch).pooled
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
+    assert want.unique().numel() > 20
 
 
 def shardable(**options):
@@ -335,11 +405,50 @@ def test_a_shardable_lookup_is_saved_copied_and_made_on_meta():
         assert torch.equal(every(lookup.eval()(batch)), want)
 
 
+def test_a_checkpoint_of_another_shardable_lookup_is_refused_and_nothing_is_loaded():
+    lookup, batch = shardable(), sharded.whole(0)
+    want, other = every(lookup(batch)), sharded.TABLES | {"item": EmbeddingTable(61, dim=4)}
+    swapped = dict(reversed(sharded.TABLES.items()))
+    for tables, features, message in (
+        (other, sharded.FEATURES, "state_dict must be of capacities"),
+        (swapped, sharded.FEATURES, "state_dict must be of a lookup with dims"),
+        (sharded.TABLES, dict(reversed(sharded.FEATURES.items())), "state_dict must be of a lookup with features"),
+    ):
+        given = ShardableLookup(tables, features)
+        given.insert(batch)
+        with pytest.raises(ValueError, match=message):
+            lookup.load_state_dict(given.state_dict())
+        assert torch.equal(every(lookup(batch)), want)
+    half = {name: one for name, one in shardable().state_dict().items() if not name.startswith("table.")}
+    with pytest.raises(ValueError, match="state_dict must hold all of a lookup"):
+        lookup.load_state_dict(half, strict=False)
+
+
+def test_a_lookup_whose_tables_are_nowhere_gives_no_rows():
+    lookup = ShardableLookup(sharded.TABLES, sharded.FEATURES, device="meta")
+    with pytest.raises(ValueError, match="collections must not be on meta when rows are read or written"):
+        lookup.insert(sharded.whole(0))
+    assert set(lookup.num_ids.values()) == {0}
+
+
+def test_who_looks_up_while_a_shardable_lookup_is_written_gets_an_error(monkeypatch):
+    lookup = shardable()
+    write_rows = _collections.write_rows
+
+    def look(*args):
+        with pytest.raises(RuntimeError, match="a lookup must not run while the table is written"):
+            lookup(sharded.whole(0))
+        write_rows(*args)
+
+    monkeypatch.setattr(_collections, "write_rows", look)
+    assert min(lookup.insert(sharded.whole(2)).values()) > 0
+
+
 def test_what_a_shardable_lookup_cannot_be_is_named():
     table = {"a": EmbeddingTable(3, dim=2)}
     with pytest.raises(ValueError, match="features of table 'a' must pool alike, got 'sum' and, for 'g', None"):
         ShardableLookup(table, {"f": IdFeature("a"), "g": IdFeature("a", pooling=None)})
-    for name in ("items", "a.b", ""):
+    for name in ("items", "training", "_modules", "a.b", "", 7):
         with pytest.raises(ValueError, match="tables must have names that torchrec can take in a ModuleDict"):
             ShardableLookup({name: EmbeddingTable(3, dim=2)}, {"f": IdFeature(name)})
     with pytest.raises(ValueError, match="tables must be those that features look into, got 'b' without any"):

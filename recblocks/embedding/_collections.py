@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ INSTALL = (
     "pip install torch==2.13.0 fbgemm-gpu-cpu==1.8.0 tensordict torchmetrics pyre-extensions tqdm && "
     "pip install --no-deps torchrec==1.8.0"
 )
+OF_LOOKUP = "rows_of_a_shardable_lookup"  # marks the configuration of tables whose rows an id table gives
 _KINDS = "EmbeddingBagCollections and EmbeddingCollections"
 _POOLINGS: dict[str, Any] = {"SUM": "sum", "MEAN": "mean"}
 
@@ -39,43 +40,60 @@ def need_torchrec() -> ModuleType:
         return _checks.optional("torchrec", INSTALL)
 
 
-def configs_of(collection: nn.Module) -> dict[str, Any]:
-    """The configuration of each table of an EmbeddingBagCollection or EmbeddingCollection."""
-    asked = getattr(collection, "embedding_bag_configs", getattr(collection, "embedding_configs", None))
-    if asked is None:
-        raise TypeError(f"collections must be of {_KINDS}, not sharded, got {_checks.describe(collection)}")
-    return {config.name: config for config in asked()}
-
-
-def described(collections: Iterable[nn.Module]) -> tuple[dict[str, EmbeddingTable], dict[str, IdFeature]]:
+def described(collections: Sequence[nn.Module]) -> tuple[dict[str, EmbeddingTable], dict[str, IdFeature]]:
     """The tables and features of some collections, as a lookup names them."""
     tables: dict[str, EmbeddingTable] = {}
     features: dict[str, IdFeature] = {}
     for collection in collections:
-        for name, config in configs_of(collection).items():
-            if name in tables:
-                raise ValueError(f"collections must have tables of different names, got {name!r} twice")
-            tables[name] = EmbeddingTable(config.num_embeddings, config.embedding_dim)
+        configs = getattr(collection, "embedding_bag_configs", getattr(collection, "embedding_configs", None))
+        if configs is None:
+            raise TypeError(f"collections must not be sharded, got a {type(collection).__name__}")
+        for asked in ("is_weighted", "need_indices"):
+            if getattr(collection, asked, bool)():
+                raise ValueError(f"collections must be without {asked}, which a lookup has not, got {asked}=True")
+        for config in configs():
+            tables[config.name] = EmbeddingTable(config.num_embeddings, config.embedding_dim)
             pooling = _POOLINGS[config.pooling.name] if hasattr(config, "pooling") else None
             for feature in config.feature_names:
                 if feature in features:
                     raise ValueError(f"collections must look each feature up in one table, got {feature!r} in two")
-                features[feature] = IdFeature(name, pooling)
+                features[feature] = IdFeature(config.name, pooling)
     return tables, features
+
+
+def listed(collections: Iterable[nn.Module]) -> list[nn.Module]:
+    """The collections, torchrec's own, whose row numbers no `ShardableLookup` has given."""
+    from torchrec import EmbeddingBagCollection, EmbeddingCollection
+    from torchrec.distributed.embedding import ShardedEmbeddingCollection
+    from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
+
+    kinds = EmbeddingBagCollection, EmbeddingCollection, ShardedEmbeddingBagCollection, ShardedEmbeddingCollection
+    if isinstance(collections, nn.Module) or not isinstance(collections, Iterable):
+        raise TypeError(f"collections must be several, as in a list, got a {type(collections).__name__}")
+    found = list(collections)
+    if not found:
+        raise ValueError("collections must be at least one, got none")
+    for one in found:
+        if not isinstance(one, kinds):
+            raise TypeError(f"collections must be {_KINDS}, got a {type(one).__name__}")
+        configs = getattr(one, "_embedding_bag_configs", None) or getattr(one, "_embedding_configs", [])
+        if any(hasattr(config, OF_LOOKUP) for config in configs):
+            raise ValueError("collections must not be a ShardableLookup's: its load_fused and to_fused know its rows")
+    return found
 
 
 def weights_of(collections: Iterable[nn.Module]) -> dict[str, Any]:
     """The weight of each table: a tensor, or a ShardedTensor of which this rank has some pieces."""
     found: dict[str, Any] = {}
     for collection in collections:
-        if not isinstance(collection, nn.Module):
-            raise TypeError(f"collections must be of {_KINDS}, got {_checks.describe(collection)}")
         for key, weight in collection.state_dict().items():
-            name = key.split(".")[-2] if key.endswith(".weight") else None
-            if name is None or name in found or isinstance(weight, dist.tensor.DTensor):
-                raise ValueError(
-                    f"collections must have a tensor or a ShardedTensor of each table, got another {key!r}"
-                )
+            name = key.split(".")[-2]
+            if name in found:
+                raise ValueError(f"collections must have tables of different names, got {name!r} twice")
+            if not is_sharded(weight) and type(weight) not in (Tensor, nn.Parameter):
+                raise TypeError(f"collections must hold Tensors or ShardedTensors, got a {type(weight).__name__}")
+            if not is_sharded(weight) and weight.is_meta:
+                raise ValueError(f"collections must not be on meta when rows are read or written, got {name!r} there")
             found[name] = weight
     return found
 

@@ -13,12 +13,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from recblocks import _checks
-from recblocks._distributed import all_gather_ragged
+from recblocks._distributed import all_gather_ragged, group_size
 from recblocks.embedding import _collections
 from recblocks.embedding._buckets import Changes
 from recblocks.embedding._first_weights import draw_rows, draw_unseen
 from recblocks.embedding._gather import rows_of, without_row
-from recblocks.embedding._layout import EmbeddingTable, Group, IdFeature, Ids, Layout, PackedIds, Vectors
+from recblocks.embedding._id_table_state import SAVED, capacities_of, check_state
+from recblocks.embedding._layout import EmbeddingTable, Group, IdFeature, Ids, Layout, PackedIds, Vectors, holds_all
 from recblocks.embedding.fused_lookup import FusedEmbeddingLookup
 from recblocks.embedding.id_table import IdTable, TableFull
 
@@ -38,10 +39,11 @@ class ShardableLookup(nn.Module):
             lookup.insert(batch)
             loss(model(batch)).backward()
 
-    Trained so, with a generator of one seed on every rank and rows that lie whole on one, the vectors of every id are
-    those of one process with ``FusedEmbeddingLookup(..., gradient="rowwise_adagrad")`` on the batches of all ranks, but
-    for rounding: `insert` gives rows and draws vectors in the same order. A plan that cuts rows into columns gives each
-    piece an Adagrad of its own.
+    Trained so, with generators of one seed on every rank and a loss whose mean over ranks is the whole batch's, the
+    vectors of every id are those of one process with ``FusedEmbeddingLookup(..., gradient="rowwise_adagrad")`` on the
+    batches of all ranks, but for rounding: `insert` gives rows and draws vectors in the same order. Tables may go whole
+    to one rank, or be cut by rows, bags then with batches of one size on all ranks; cut by columns, each piece of a row
+    has an Adagrad of its own.
 
     Args:
         tables: like `FusedEmbeddingLookup`'s; the capacity is fixed, as a plan is made for it.
@@ -96,15 +98,17 @@ class ShardableLookup(nn.Module):
         for name, one in self.layout.tables.items():
             if name not in poolings:
                 raise ValueError(f"tables must be those that features look into, got {name!r} without any")
-            if not name or "." in name or hasattr(nn.ModuleDict, name):
+            if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict(), name):
                 raise ValueError(f"tables must have names that torchrec can take in a ModuleDict, got {name!r}")
             sizes = {"num_embeddings": one.capacity + self._num_unseen(name), "embedding_dim": one.dim}
             named = {"name": name, "feature_names": self.layout.features_of(name), **sizes}
             pooling = poolings[name]
             if pooling is None:
-                configs.setdefault(one.dim, []).append(torchrec.EmbeddingConfig(**named))
+                config = torchrec.EmbeddingConfig(**named)
             else:
-                configs.setdefault(None, []).append(torchrec.EmbeddingBagConfig(**named, pooling=kinds[pooling]))
+                config = torchrec.EmbeddingBagConfig(**named, pooling=kinds[pooling])
+            setattr(config, _collections.OF_LOOKUP, True)
+            configs.setdefault(one.dim if pooling is None else None, []).append(config)
         device = None if device is None else torch.device(device)
         pooled = configs.pop(None, None)
         self.bags = None if pooled is None else torchrec.EmbeddingBagCollection(tables=pooled, device=device)
@@ -139,7 +143,7 @@ class ShardableLookup(nn.Module):
         """Forget every id, and draw the weights for unseen ones, on every rank from a generator of one seed.
 
         To be called once more when the model is sharded: what was drawn before was not kept. Weights of an id are drawn
-        when it gets its row.
+        when it gets its row. What an optimizer keeps of the rows stays.
         """
         self.table.reset_parameters()
         weights, begins = _collections.weights_of(self.collections), dict.fromkeys(self.layout.tables, 0)
@@ -180,19 +184,22 @@ class ShardableLookup(nn.Module):
 
         Args:
             features: of this rank, as `forward` takes them.
-            generator: draws the weights, of one seed on every rank.
+            generator: draws the weights, in one state on every rank, or None on every rank.
             group: the ranks that the tables are sharded over; None is the default group.
 
         Returns:
             how many new ids of each table.
 
         Raises:
-            TypeError, ValueError: like `forward`'s; `TableFull`, on every rank, for more new ids than a table has rows
-                for. A failed call changes nothing on the rank that failed.
-            RuntimeError: the table is read or written meanwhile.
+            TypeError, ValueError: like `forward`'s, and on every rank where one has bad features; `TableFull`, on every
+                rank, for more new ids than a table has rows for. A failed call changes nothing.
+            RuntimeError: the table is read or written meanwhile, or ranks hold other numbers of ids.
         """
-        new = without_row(self.layout.groups(features, self.places.device), self.table, self.places)
-        every, _ = all_gather_ragged(torch.stack(new, 1), group)
+        try:
+            new, problem = without_row(self.layout.groups(features, self.places.device), self.table, self.places), None
+        except (TypeError, ValueError) as error:
+            new, problem = (self.places[0, :0], self.places[0, :0]), error
+        every, generator = self._agree(torch.stack(new, 1), problem, generator, group)
         if not len(every):
             return dict.fromkeys(self.layout.tables, 0)
         ids, order = every[:, 0].sort()
@@ -203,6 +210,41 @@ class ShardableLookup(nn.Module):
         nums: list[int] = torch.searchsorted(begun, self.table.begins).diff().tolist()
         counts = dict(zip(self.layout.order, nums, strict=True))
         return {name: counts[name] for name in self.layout.tables}
+
+    def _agree(
+        self,
+        own: Tensor,
+        problem: Exception | None,
+        generator: torch.Generator | None,
+        group: dist.ProcessGroup | None,
+    ) -> tuple[Tensor, torch.Generator | None]:
+        """What is new to any rank, (K, 2) ids and features, and what to draw from; an error on all if one has one."""
+        if group_size(group) == 1:
+            if problem is not None:
+                raise problem
+            return own, generator
+        seed = torch.randint(1 << 62, ()) if generator is None else torch.tensor(-1)
+        says = [[int(problem is None), self.table.num_ids], [int(seed), len(own)]]
+        every, sizes = all_gather_ragged(torch.cat([torch.tensor(says, device=own.device), own]), group)
+        by_rank = torch.split(every, sizes)
+        if problem is not None:
+            raise problem
+        good, num_ids = torch.stack([one[0] for one in by_rank]).t().tolist()
+        if not all(good):
+            raise ValueError(f"features must be good on every rank, got an error on rank {good.index(0)}")
+        if len(set(num_ids)) > 1:
+            raise RuntimeError(f"every rank must hold the same ids, got so many of them on the ranks: {num_ids}")
+        seeds = [int(one[1, 0]) for one in by_rank]
+        if generator is None and seeds[0] >= 0:
+            generator = torch.Generator(own.device).manual_seed(seeds[0])
+        return torch.cat([one[2:] for one in by_rank]), generator
+
+    def get_extra_state(self) -> Tensor:
+        """What the lookup was made for."""
+        return self.layout.described()
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Nothing: what differs was refused before anything was loaded."""
 
     def load_fused(self, lookup: FusedEmbeddingLookup) -> None:
         """Take over the ids and vectors of a lookup for the same tables and features; each rank writes what it has.
@@ -270,6 +312,18 @@ class ShardableLookup(nn.Module):
                 name = self.layout.order[part]
                 at = rows - self.table.begins[part] + self._num_unseen(name)
                 _collections.write_rows(weights[name], at, vectors, changes)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        """Refuse another lookup's, before anything of it is loaded."""
+        self.layout.refuse_others(state_dict.get(f"{prefix}_extra_state"))
+        wanted = [f"{prefix}table.{name}" for name in SAVED]
+        if holds_all(state_dict, [f"{prefix}_extra_state", *wanted]):
+            table = {name: state_dict[f"{prefix}table.{name}"] for name in SAVED}
+            check_state(table, f"{prefix}table.", counts_uses=False)
+            capacities = capacities_of(table["begins"])
+            if capacities != self.table.capacities:
+                raise ValueError(f"state_dict must be of capacities {self.table.capacities}, got {capacities}")
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _ranges(self) -> list[tuple[str, slice, int]]:
         """Of each range of rows: its table, where it lies in a fused lookup's weight, where it begins in the table."""

@@ -87,7 +87,7 @@ class KeyedLookup(nn.Module):
         }
 
     def insert(self, features: KeyedJaggedTensor, *, generator: torch.Generator | None = None) -> dict[str, int]:
-        """Give the ids that have no row one, like the lookup's own ``insert``.
+        """Give the ids that have no row one, like the lookup's own ``insert``, in the default process group.
 
         Raises:
             TypeError, ValueError: like `forward`'s, the lookup's own, and for a lookup that is only read.
@@ -107,13 +107,16 @@ class KeyedLookup(nn.Module):
             raise ValueError(f"features must have the keys of the lookup, got none of {missing}")
         if features.weights_or_none() is not None:
             raise ValueError("features must be without weights, which a lookup does not take, got some")
-        if features.variable_stride_per_key():
-            raise ValueError(f"features must have as many bags for each key, got {features.stride_per_key()}")
+        if features.variable_stride_per_key() or features.inverse_indices_or_none() is not None:
+            raise ValueError("features must have one bag a row for each key, got bags of their own number or shared")
         _checks.integers("features.values()", features.values(), "N")
         lengths = features.lengths()
         if _checks.readable(lengths) and (bool((lengths < 0).any()) or int(lengths.sum()) != len(features.values())):
             wanted = f"lengths of at least 0 that add up to {len(features.values())}"
             raise ValueError(f"features must have {wanted}, got {int(lengths.min())} to {int(lengths.max())}")
+        if not features.stride():  # torchrec cannot say which key nothing belongs to
+            nothing = features.values(), lengths.new_zeros(1, dtype=torch.int64)
+            return dict.fromkeys(self.lookup.layout.features, nothing)
         each = features.to_dict()
         return {name: (each[name].values(), each[name].offsets().long()) for name in self.lookup.layout.features}
 
@@ -138,7 +141,7 @@ def lookup_from_collections(
         learning_rate: like `FusedEmbeddingLookup`'s.
 
     Returns:
-        a lookup whose vectors are the same; an id that no row is for has zeros.
+        a lookup whose vectors are the same; an id that no row is for has zeros, until these are trained.
 
     Raises:
         ImportError: torchrec is not installed.
@@ -146,17 +149,17 @@ def lookup_from_collections(
             table's or not one a row.
 
     Example:
-        >>> import recblocks
-        >>> tables = {"item": recblocks.EmbeddingTable(9, dim=8)}
-        >>> bags = recblocks.ShardableLookup(tables, {"liked": recblocks.IdFeature("item")}).bags
+        >>> from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
+        >>> item = EmbeddingBagConfig(name="item", num_embeddings=9, embedding_dim=8, feature_names=["liked"])
+        >>> bags = EmbeddingBagCollection([item])
         >>> lookup = lookup_from_collections([bags])
         >>> torch.equal(lookup({"liked": torch.tensor([4])}).pooled[0], bags.embedding_bags["item"].weight[4])
         True
     """
     _collections.need_torchrec()
-    given = list(collections)
-    tables, features = _collections.described(given)
+    given = _collections.listed(collections)
     weights = _collections.weights_of(given)
+    tables, features = _collections.described(given)
     rows_of = _raw_ids(tables, ids)
     options = {"device": next(iter(weights.values())).device, "dtype": torch.float32}
     lookup = FusedEmbeddingLookup(tables, features, gradient=gradient, learning_rate=learning_rate, **options)
@@ -190,10 +193,11 @@ def copy_to_collections(
             not a table's or not one a row. Nothing is written then.
 
     Example:
-        >>> import recblocks
-        >>> tables = {"item": recblocks.EmbeddingTable(9, dim=8)}
-        >>> bags = recblocks.ShardableLookup(tables, {"liked": recblocks.IdFeature("item")}).bags
-        >>> lookup = FusedEmbeddingLookup(tables, {"liked": recblocks.IdFeature("item")})
+        >>> from recblocks import EmbeddingTable, IdFeature
+        >>> from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
+        >>> item = EmbeddingBagConfig(name="item", num_embeddings=9, embedding_dim=8, feature_names=["liked"])
+        >>> bags = EmbeddingBagCollection([item])
+        >>> lookup = FusedEmbeddingLookup({"item": EmbeddingTable(50, dim=8)}, {"liked": IdFeature("item")})
         >>> lookup.insert({"liked": torch.tensor([4, 7])})
         {'item': 2}
         >>> copy_to_collections(lookup, [bags])
@@ -202,7 +206,7 @@ def copy_to_collections(
     _collections.need_torchrec()
     if not isinstance(lookup, FusedEmbeddingLookup):
         raise TypeError(f"lookup must be a FusedEmbeddingLookup, got {_checks.describe(lookup)}")
-    weights = _collections.weights_of(collections)
+    weights = _collections.weights_of(_collections.listed(collections))
     tables = {name: EmbeddingTable(*weight.size()) for name, weight in weights.items()}
     for name, (_, dim) in tables.items():
         own = lookup.layout.tables.get(name)
@@ -217,13 +221,18 @@ def copy_to_collections(
             at = torch.nonzero(found >= 0).squeeze(1)
             shift = one.begin - lookup.table.begins[part]
             vectors = lookup.weights[str(one.dim)].detach()[found[at] + shift]
-            _collections.write_rows(weights[one.table], at, vectors)
-            written[one.table] = len(at)
-    return {name: written[name] for name in tables}
+            if bool((vectors.to(weights[one.table].dtype).isinf() & vectors.isfinite()).any()):
+                raise ValueError(f"lookup must have vectors that {weights[one.table].dtype} can hold for {one.table!r}")
+            written[one.table] = at, vectors
+    for name, (at, vectors) in written.items():
+        _collections.write_rows(weights[name], at, vectors)
+    return {name: len(written[name][0]) for name in tables}
 
 
 def _raw_ids(tables: Mapping[str, tuple[int, int]], ids: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
     """The id that each row of each table is for."""
+    if not isinstance(ids, Mapping | None):
+        raise TypeError(f"ids must be a mapping of tables, got {_checks.describe(ids)}")
     given = {} if ids is None else dict(ids)
     unknown = [name for name in given if name not in tables]
     if unknown:
