@@ -7,6 +7,7 @@ import torch
 from torch import distributed as dist
 from torch import nn
 
+from examples.transact.model import GlobalBatchNorm
 from recblocks import EmbeddingTable, FusedEmbeddingLookup, IdFeature, ServingLookup, ShardableLookup, TableFull
 
 TABLES = {"item": EmbeddingTable(60, dim=4), "user": EmbeddingTable(40, dim=8), "tag": EmbeddingTable(30, dim=4)}
@@ -173,6 +174,15 @@ def errors(lookup, rank):
     return said
 
 
+def normed(rank):
+    """Batch norm over both ranks, of columns far from 0 and of one that is constant, and the whole batch's by torch."""
+    x = torch.randn(9, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    x = x * torch.tensor([1.0, 1e-2, 10.0, 0.0]) + torch.tensor([0.0, 1e3, -1e4, 1_000_997.25])
+    ours, whole_batch = GlobalBatchNorm(4, dtype=torch.float64), nn.BatchNorm1d(4, dtype=torch.float64)
+    mine = slice(0, 6) if rank == 0 else slice(6, 9)
+    return [ours(x[mine]).detach(), *ours.buffers()], [whole_batch(x).detach()[mine], *whole_batch.buffers()]
+
+
 def trained(rank, world, plan):
     """What the ranks make of all steps, each of its share."""
     from torchrec.distributed.planner import ParameterConstraints
@@ -225,6 +235,7 @@ def run(rank, world, folder):
     results = {plan: trained(rank, world, plan) for plan in PLANS}
     if world == 2:
         results["by column"] = by_column(rank)
+        results["normed"] = normed(rank)
     torch.save(results, f"{folder}/{rank} of {world}.pt")
     dist.barrier()
     dist.destroy_process_group()

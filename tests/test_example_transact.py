@@ -7,6 +7,7 @@ import hashlib
 import math
 import pathlib
 import re
+import shutil
 from collections.abc import Callable
 from typing import Any, get_args
 
@@ -20,7 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import recblocks
 from examples.transact import __main__ as command
-from examples.transact import claims, world
+from examples.transact import checkpoint, claims, world
 from examples.transact.data import (
     Bags,
     Candidates,
@@ -32,7 +33,15 @@ from examples.transact.data import (
     text_ids,
 )
 from examples.transact.evaluate import Jury
-from examples.transact.model import GlobalBatchNorm, Inputs, ModelOptions, Ranker, Sequence, start_from_matches
+from examples.transact.model import (
+    GlobalBatchNorm,
+    Inputs,
+    ModelOptions,
+    Ranker,
+    Sequence,
+    lookup_of,
+    start_from_matches,
+)
 from examples.transact.train import TrainOptions, corrected, predict, scoring, start_from_rates, train
 from recblocks import FusedEmbeddingLookup, Timelines
 
@@ -502,8 +511,88 @@ def test_a_training_that_stops_goes_on_from_its_checkpoint(
     assert trained.loss == whole.loss
     for name, tensor in whole.ranker.state_dict().items():
         assert torch.equal(trained.ranker.state_dict()[name], tensor), name
-    with pytest.raises(ValueError, match="checkpoint must be of"):
-        train(data, "transact", options, dataclasses.replace(settings, seed=1))
+    wider = dataclasses.replace(options, type_dim=5)
+    other = dataclasses.replace(data, vectors=data.vectors.flip(0))
+    for of_data, of_model, of_training in (
+        (data, options, dataclasses.replace(settings, seed=1)),
+        (data, wider, settings),
+        (other, options, settings),
+    ):
+        with pytest.raises(ValueError, match="checkpoint must be of"):
+            train(of_data, "transact", of_model, of_training)
+
+
+def test_a_training_with_dropout_goes_on_as_it_would_have(data: RankingData, tmp_path: pathlib.Path) -> None:
+    options = dataclasses.replace(SMALL, dropout=0.3)
+    settings = TrainOptions(epochs=1, batch_size=1024, checkpoint=tmp_path, checkpoint_every=3)
+
+    def stop(step: int, *_: float) -> None:
+        if step == 4:
+            raise KeyboardInterrupt
+
+    torch.manual_seed(1)
+    with pytest.raises(KeyboardInterrupt):
+        train(data, "transact", options, settings, on_step=stop)
+    again = train(data, "transact", options, settings)
+    assert again.loss == train(data, "transact", options, dataclasses.replace(settings, checkpoint=None)).loss
+
+
+def test_the_newest_checkpoint_is_read_and_an_older_one_stays_until_it_is_there(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint.save(tmp_path, 9, {"done": 9}, None)
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pathlib.Path, "rename", stop)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoint.save(tmp_path, 10, {"done": 10}, None)
+    assert checkpoint.last(tmp_path) == tmp_path / "step-9"
+    remove = shutil.rmtree
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", lambda path, **how: stop() if path.name == "step-9" else remove(path, **how))
+        with pytest.raises(KeyboardInterrupt):
+            checkpoint.save(tmp_path, 10, {"done": 10}, None)
+    assert checkpoint.last(tmp_path) == tmp_path / "step-10"
+    checkpoint.save(tmp_path, 11, {"done": 11}, None)
+    assert [path.name for path in tmp_path.glob("step-*")] == ["step-11"]
+    assert torch.load(tmp_path / "step-11" / "rest.pt") == {"done": 11}
+
+
+def test_a_cadence_of_no_steps_is_named(data: RankingData) -> None:
+    with pytest.raises(ValueError, match="checkpoint_every must be at least 1, got 0"):
+        train(data, "none", SMALL, TrainOptions(checkpoint_every=0))
+
+
+def test_every_raw_id_is_looked_up_for_what_it_is_of(data: RankingData) -> None:
+    inputs = Inputs(data, WITH_IDS, "transact")
+    tables, features = lookup_of(data, WITH_IDS)
+    lookup = FusedEmbeddingLookup(tables, features)
+    ranker = Ranker(data, inputs, "transact", WITH_IDS, lookup).eval()
+    batch = inputs(torch.arange(40))
+    lookup.insert(batch.ids)
+    with torch.no_grad():
+        for weight in lookup.weights.values():
+            weight.normal_()
+        said = ranker(batch)
+        ids, offsets = batch.ids["tag"]
+        changed = {"user": batch.ids["user"] + 1, "item": batch.ids["item"] + 1, "seen": batch.ids["seen"] + 1}
+        for name, other in {**changed, "tag": (ids + 1, offsets)}.items():
+            assert not torch.equal(said, ranker(batch._replace(ids={**batch.ids, name: other}))), name
+        # One request's user moves that request's candidates alone.
+        user = batch.ids["user"].clone()
+        user[0] += 1
+        moved = (said != ranker(batch._replace(ids={**batch.ids, "user": user}))).any(1)
+    assert torch.equal(moved, batch.request == 0)
+
+
+@pytest.mark.parametrize("name", ["item", "tag"])
+def test_raw_ids_that_do_not_fit_are_named(data: RankingData, name: str) -> None:
+    offsets = torch.arange(len(data.items) + (1 if name == "item" else 2))
+    with pytest.raises(ValueError, match="item_ids must be named other than user, item and seen, with"):
+        dataclasses.replace(data, item_ids={name: Bags(torch.arange(len(data.items)), offsets)})
 
 
 def test_tables_are_sharded_only_where_there_are_some(data: RankingData) -> None:

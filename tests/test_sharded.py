@@ -90,3 +90,10 @@ def test_every_rank_hears_of_one_that_has_bad_features_or_other_ids(results):
     assert second[0].startswith("ValueError: features must be those of the lookup")
     assert first[1] == second[1]
     assert first[1].startswith("RuntimeError: every rank must hold the same ids, got so many of them on the ranks: [")
+
+
+def test_batch_norm_over_ranks_is_that_of_the_whole_batch(results):
+    for ours, whole_batch in results[2, "normed"]:
+        for one, other in zip(ours, whole_batch, strict=True):
+            # float64: some roundings of 2^-53 of numbers up to 1e6, less their mean, over their spread of 1e-2 and more
+            torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-7)

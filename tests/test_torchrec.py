@@ -224,7 +224,7 @@ def test_what_cannot_be_keyed_or_converted_is_named():
         KeyedLookup(mixed)
     with pytest.raises(TypeError, match="lookup must be one of FusedEmbeddingLookup"):
         KeyedLookup(torch.nn.Linear(1, 1))
-    with pytest.raises(TypeError, match="collections must be EmbeddingBagCollections and .*, got a Linear"):
+    with pytest.raises(TypeError, match=r"collections must be EmbeddingBagCollections and .*, got a Linear"):
         lookup_from_collections([torch.nn.Linear(1, 1)])
     with pytest.raises(TypeError, match="collections must be several, as in a list, got a EmbeddingBagCollection"):
         lookup_from_collections(bag_collection())

@@ -45,16 +45,10 @@ def save(folder: pathlib.Path, step: int, rest: dict[str, Any], tables: dict[str
     _wait()
 
 
-def load(folder: pathlib.Path, tables: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Read the last checkpoint: the tables in place, the rest as it was given; None where there is none."""
+def last(folder: pathlib.Path) -> pathlib.Path | None:
+    """The folder of the newest checkpoint, if there is one."""
     steps = _steps(folder)
-    if not steps:
-        return None
-    last = folder / f"step-{max(steps)}"
-    if tables is not None:
-        dcp.load(tables, checkpoint_id=last / "tables")
-    rest: dict[str, Any] = torch.load(last / "rest.pt", weights_only=True)
-    return rest
+    return folder / f"step-{max(steps)}" if steps else None
 
 
 class Saved:
@@ -83,12 +77,15 @@ class Saved:
         Raises:
             ValueError: it is another training's.
         """
-        _, tables = model.state()
-        rest = load(self.folder, tables)
-        if rest is None:
+        newest = last(self.folder)
+        if newest is None:
             return []
+        rest: dict[str, Any] = torch.load(newest / "rest.pt", weights_only=True)
         if rest["made_for"] != self.made_for:
             raise ValueError(f"checkpoint must be of {self.made_for}, got {rest['made_for']}")
+        _, tables = model.state()
+        if tables is not None:
+            dcp.load(tables, checkpoint_id=newest / "tables")
         model.load(rest, tables)
         for generator, state in zip(self.generators, rest["generators"], strict=True):
             generator.set_state(state)

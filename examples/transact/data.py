@@ -138,11 +138,25 @@ class RankingData:
             raise ValueError(
                 f"a request must be in at most one of the parts {', '.join(self.parts)}, got one in several"
             )
+        for name, bags in self.item_ids.items():
+            if name in ("user", "item", "seen") or len(bags.offsets) != len(self.items) + 1:
+                wanted = f"named other than user, item and seen, with {len(self.items) + 1} offsets"
+                raise ValueError(f"item_ids must be {wanted}, got {name!r} with {len(bags.offsets)}")
         _check_codes("user", self.requests.user, len(self.histories))
         _check_codes("request", self.candidates.request, len(self.requests.user))
         _check_codes("item", self.candidates.item, len(self.vectors))
         _check_codes("row", self.histories.columns["row"], len(self.vectors))
         _check_codes("action_type", self.histories.columns["action_type"], self.num_action_types)
+
+    def digest(self) -> str:
+        """What tells these data from others of the same name: of all that training reads."""
+        known = hashlib.blake2b(digest_size=16)
+        histories = [self.histories.columns[name] for name in ("row", "action_type", "time")]
+        requests = [self.requests.user, self.requests.newest, self.requests.time]
+        candidates = [self.candidates.request, self.candidates.item, self.candidates.labels, self.candidates.numeric]
+        for part in (*histories, *requests, *candidates, self.vectors, self.parts["train"]):
+            known.update(part.contiguous().numpy())
+        return known.hexdigest()
 
     def rows_of(self, part: str) -> Tensor:
         """The candidates of a part's requests."""

@@ -9,7 +9,6 @@ from typing import Literal, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.utils._pytree import tree_map
 
 from examples.transact.data import RankingData, hand_made_counts
@@ -190,7 +189,7 @@ def lookup_of(data: RankingData, options: ModelOptions) -> tuple[dict[str, Embed
 
 
 class GlobalBatchNorm(nn.BatchNorm1d):
-    """Batch norm of what needs no gradient, over the batches of all ranks where there are several.
+    """Batch norm of what needs no gradient, over the batches of all ranks where there are several, of 2 rows at least.
 
     torch's SyncBatchNorm is for GPUs alone.
     """
@@ -200,15 +199,18 @@ class GlobalBatchNorm(nn.BatchNorm1d):
         if not (self.training and dist.is_initialized()):
             return super().forward(x)
         wide = x.double()
-        sums = torch.stack([torch.ones_like(wide[:1]).sum(0) * len(x), wide.sum(0), wide.square().sum(0)])
-        dist.all_reduce(sums)
-        num, mean = sums[0], sums[1] / sums[0]
-        variance = sums[2] / num - mean.square()
+        num = torch.tensor(float(len(x)), dtype=torch.float64, device=x.device)
+        total = torch.cat([num[None], wide.sum(0)])
+        dist.all_reduce(total)
+        mean = total[1:] / total[0]
+        squares = (wide - mean).square().sum(0)
+        dist.all_reduce(squares)
         with torch.no_grad():
             self.running_mean.lerp_(mean.to(x.dtype), self.momentum)
-            self.running_var.lerp_((variance * num / (num - 1)).to(x.dtype), self.momentum)
+            self.running_var.lerp_((squares / (total[0] - 1)).to(x.dtype), self.momentum)
             self.num_batches_tracked += 1
-        return functional.batch_norm(x, mean.to(x.dtype), variance.to(x.dtype), self.weight, self.bias, eps=self.eps)
+        normed = (wide - mean) / (squares / total[0] + self.eps).sqrt()
+        return normed.to(x.dtype) * self.weight + self.bias
 
 
 class Ranker(nn.Module):
@@ -270,7 +272,7 @@ class Ranker(nn.Module):
         if self.lookup is not None:
             found = self.lookup(batch.ids)
             user, item, seen = (found.unpooled[name] for name in ("user", "item", "seen"))
-            learned = [user[batch.request], *([found.pooled] if found.pooled.numel() else [])]
+            learned = [user[batch.request], *([found.pooled] if self.lookup.layout.pooled else [])]
             candidate = torch.cat([candidate, item], 1)
             places = batch.valid[..., None].expand(-1, -1, seen.shape[1])
             items = torch.cat([items, seen.new_zeros(places.shape).masked_scatter(places, seen)], 2)

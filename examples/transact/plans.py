@@ -1,4 +1,6 @@
-"""Print how torchrec would spread the ranker's tables over one GPU, 8 and 64, and what each would hold.
+"""Print how torchrec would spread tables like the ranker's, but large, over 1, 8 and 64 GPUs, and what each would hold.
+
+Here they may be cut by columns too, which the ranker's own training leaves out: row-wise Adagrad is then another one.
 
 ``python -m examples.transact.plans``
 """
@@ -168,9 +170,11 @@ def main(options: Options) -> None:
                 held[rank][0] += gpu
                 held[rank][1] += host
         console.print(table)
+        id_table = (narrow + wide) * ID_TABLE_BYTES / GIB
         most = [max(one[place] for one in held.values()) for place in (0, 1)]
         console.print(
-            f"The fullest of {gpus}: {most[0]:.1f} of {options.memory_gib:.0f} GiB, and {most[1]:.1f} GiB of its host."
+            f"The fullest of {gpus}: {most[0]:.1f} of {options.memory_gib:.0f} GiB, {most[1]:.1f} GiB of its host; and "
+            f"the id table's {id_table:.1f} GiB."
         )
 
 

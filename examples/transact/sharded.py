@@ -35,6 +35,8 @@ def start(device: str) -> None:
     if "RANK" not in os.environ:
         command = "torchrun --nproc-per-node 2 -m examples.transact --sharded --raw-ids 16"
         raise ValueError(f"sharded must be started with torchrun, as in: {command}")
+    if device.startswith("cuda"):
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
 
 
@@ -108,7 +110,7 @@ class Sharded:
             said = self.ranker(batch)
         if fused is None:
             return self.ranker, 0.0
-        ranker = build(ServingLookup(fused, dtype=torch.float32))
+        ranker = build(ServingLookup(fused, dtype=torch.float32)).to(batch.candidate.device)
         whole = {name: one for name, one in self.state()[0]["ranker"].items() if not name.startswith("lookup.")}
         own = {name: one for name, one in ranker.state_dict().items() if name.startswith("lookup.")}
         ranker.load_state_dict({**whole, **own})

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from examples.transact.model import Batch, Ranker, Share
@@ -58,6 +60,13 @@ class OneProcess:
     def served(self, build: Callable[[FusedEmbeddingLookup], Ranker], batch: Batch) -> tuple[Ranker, float]:  # noqa: ARG002
         """The ranker to judge, and by how much it differs from the one that was trained."""
         return self.ranker, 0.0
+
+
+def own_device(device: str) -> torch.device:
+    """Of several ranks on GPUs each has its own."""
+    if device == "cuda" and dist.is_initialized():
+        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    return torch.device(device)
 
 
 def adam(ranker: Ranker, rate: float) -> torch.optim.Optimizer:

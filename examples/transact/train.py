@@ -18,7 +18,7 @@ from examples.side_by_side import OnStep
 from examples.transact.checkpoint import Saved
 from examples.transact.data import RankingData, sampling_chance
 from examples.transact.model import Inputs, ModelOptions, Ranker, Sequence, lookup_of
-from examples.transact.steps import OneProcess
+from examples.transact.steps import OneProcess, own_device
 from recblocks import FusedEmbeddingLookup, ShardableLookup, label_weight_matrix, label_weighted_bce_with_logits
 
 _SEEDED = threading.Lock()
@@ -113,11 +113,13 @@ def train(
     Returns:
         what was trained; on ranks after the first its tables are in pieces.
     """
-    if options.sharded and (not model_options.raw_ids or options.compile):
-        raise ValueError("sharded must come with raw_ids above 0, whose tables are sharded, and without compile")
-    device = torch.device(options.device)
+    if options.sharded and (not model_options.raw_ids or options.compile or model_options.dropout):
+        raise ValueError("sharded must come with raw_ids above 0, whose tables are sharded, no compile and no dropout")
+    if options.checkpoint_every < 1:
+        raise ValueError(f"checkpoint_every must be at least 1, got {options.checkpoint_every}")
+    device = own_device(options.device)
     inputs = Inputs(data, model_options, sequence)
-    new_ids = torch.Generator().manual_seed(options.seed)
+    new_ids = torch.Generator(device).manual_seed(options.seed)
     with _SEEDED:  # of two rankers built at once each draws from its own seed
         lookup = _lookup(data, model_options, options)
         torch.manual_seed(options.seed)
@@ -142,13 +144,14 @@ def train(
     is_plain = options.label_weights == "plain"
     left, stands_for = (share, torch.ones_like(chance)) if is_plain else (1.0, 1 / chance)
     start_from_rates(ranker, labels, (chance * stands_for)[:, None] * (labels @ matrix.T + base))
-    model = _steps(ranker, options)
+    model = _steps(ranker, options, device)
     if ranker.lookup is not None:
         ranker.lookup.reset_parameters(generator=new_ids)
     trained = Trained(ranker, inputs, left, (base + matrix.diagonal())[:-1], [])
     saved = None
     if options.checkpoint is not None:
-        saved = Saved(options.checkpoint / sequence, (data.name, sequence, model_options, options), [windows, new_ids])
+        made_for = data.name, data.digest(), sequence, model_options, options
+        saved = Saved(options.checkpoint / sequence, made_for, [windows, new_ids, torch.default_generator])
         trained.loss.extend(saved.resume(model))
     matrix, base = matrix.to(device), base.to(device)
     ranker.train()
@@ -189,14 +192,14 @@ def _lookup(
     return FusedEmbeddingLookup(tables, features, gradient="rowwise_adagrad", dtype=torch.float32)
 
 
-def _steps(ranker: Ranker, options: TrainOptions) -> Any:
+def _steps(ranker: Ranker, options: TrainOptions, device: torch.device) -> Any:
     """What a step does, in one process or over ranks."""
     rates = {"rate": options.learning_rate, "raw_id_rate": options.raw_id_rate}
     if not options.sharded:
-        return OneProcess(ranker.to(options.device), compiled=options.compile, **rates)
+        return OneProcess(ranker.to(device), compiled=options.compile, **rates)
     from examples.transact.sharded import Sharded  # torchrec is needed for nothing else
 
-    return Sharded(ranker, device=torch.device(options.device), **rates)
+    return Sharded(ranker, device=device, **rates)
 
 
 @torch.no_grad()
