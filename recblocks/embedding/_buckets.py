@@ -84,12 +84,10 @@ def find_slots(hashes: Tensor, slots: Slots) -> Tensor:
 
 def _find_slot_by_slot(ids: Tensor, slots: Slots, part: Tensor | None) -> Tensor:
     """For compilers: no slot is a dimension, so that one loop over the ids does it all, and keeps nothing."""
-    hashes, keys = hash_ids(ids, slots.hashed, part), slots.keys.view(-1)
-    at = torch.full_like(hashes, -1)
+    hashes, at = hash_ids(ids, slots.hashed, part), torch.full_like(ids, -1)
     for bucket in bucket_pair(hashes, slots.keys.shape[0]):
-        for slot in range(BUCKET):
-            this = bucket * BUCKET + slot
-            at = torch.where(keys[this] == hashes, this, at)
+        for slot, keys in enumerate(slots.keys.unbind(1)):
+            at = torch.where(keys[bucket] == hashes, bucket * BUCKET + slot, at)
     return _rows_at(at, slots, part)
 
 
