@@ -143,7 +143,8 @@ def by_column(rank):
     generator, found = torch.Generator().manual_seed(5), {}
     lookup.reset_parameters(generator=generator)
     lookup.insert(whole(0), generator=generator)
-    lookup.insert(whole(1))  # from a seed that the ranks agree on
+    torch.manual_seed(100 + rank)
+    lookup.insert(whole(1))  # from a seed that the ranks agree on, the first one's
     vectors = lookup(whole(1))
     fused = lookup.to_fused()
     found["widths"] = sorted({shard.tensor.shape[1] for one in shards(lookup).values() for shard in one.local_shards()})
@@ -153,7 +154,10 @@ def by_column(rank):
         generator = torch.Generator().manual_seed(5)
         alone.reset_parameters(generator=generator)
         alone.insert(whole(0), generator=generator)
-        found["alone"], found["sharded"] = alone(whole(0)).pooled.detach(), fused(whole(0)).pooled.detach()
+        torch.manual_seed(100)
+        alone.insert(whole(1), generator=torch.Generator().manual_seed(int(torch.randint(1 << 62, ()))))
+        batch_of_both = {**whole(1), "user": whole(0)["user"]}
+        found["alone"], found["sharded"] = (each(batch_of_both).pooled.detach() for each in (alone, fused))
         gathered = fused(whole(1))
         found["gathered"] = [gathered.pooled.detach(), *(one.detach() for one in gathered.unpooled.values())]
     found["drawn"] = [one.detach() for one in found["drawn"]]

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import recblocks
 from examples.transact import __main__ as command
-from examples.transact import checkpoint, claims, world
+from examples.transact import checkpoint, claims, journey, world
 from examples.transact.data import (
     Bags,
     Candidates,
@@ -464,6 +464,12 @@ def test_bags_of_some_items_are_those_of_a_loop() -> None:
     assert (got.ids.tolist(), got.offsets.tolist()) == ([5, 6, -1, 5, 6], [0, 2, 2, 3, 5])
     none = bags.of(torch.tensor([], dtype=torch.int64))
     assert (none.ids.tolist(), none.offsets.tolist()) == ([], [0])
+
+
+def test_unknown_text_is_no_id() -> None:
+    bags = journey._text_bags({"a": ["x", "", "y"], "b": ["x", "", ""]}, "a", "b")
+    assert bags.offsets.tolist() == [0, 2, 2, 3]
+    assert torch.equal(bags.ids, text_ids(["a: x", "b: x", "a: y"]))
 
 
 def test_text_is_the_same_id_everywhere() -> None:
