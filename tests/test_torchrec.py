@@ -3,7 +3,6 @@
 import copy
 import importlib.util
 import io
-import warnings
 
 import pytest
 import sharded
@@ -27,17 +26,15 @@ from recblocks.embedding import _collections
 if importlib.util.find_spec("torchrec") is None:
     pytest.skip("torchrec is not installed; the README says how", allow_module_level=True)
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # fbgemm's own deprecations while it is imported
-    from torchrec import (
-        DataType,
-        EmbeddingBagCollection,
-        EmbeddingBagConfig,
-        EmbeddingCollection,
-        EmbeddingConfig,
-        KeyedJaggedTensor,
-        PoolingType,
-    )
+from torchrec import (
+    DataType,
+    EmbeddingBagCollection,
+    EmbeddingBagConfig,
+    EmbeddingCollection,
+    EmbeddingConfig,
+    KeyedJaggedTensor,
+    PoolingType,
+)
 
 ROWS = {"users": 7, "things": 9}
 SIZES = st.lists(st.lists(st.integers(0, 6), max_size=3), min_size=2, max_size=2)

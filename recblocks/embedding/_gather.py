@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 
 import torch
@@ -12,9 +12,9 @@ from torch.nn import functional
 
 from recblocks import _checks
 from recblocks._hashing import FIRST, GOLDEN, LOW_32, mix, signed
-from recblocks.embedding._buckets import Slots, find
+from recblocks.embedding._buckets import Changes, Slots, find
 from recblocks.embedding._layout import Group, Layout
-from recblocks.embedding.id_table import IdTable
+from recblocks.embedding.id_table import IdTable, TableFull
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 BACKENDS = ("auto", "reference", "triton")
@@ -115,6 +115,26 @@ def without_row(groups: Sequence[Group], table: IdTable, places: Tensor) -> tupl
         return ids, feature
     unknown = table.find(ids, places[0, feature]) < 0
     return ids[unknown], feature[unknown]
+
+
+def give_rows(
+    table: IdTable, layout: Layout, ids: Tensor, parts: Tensor, draw: Callable[[Changes, Tensor], None]
+) -> dict[str, int]:
+    """Insert ids, ascending, and draw what is in the rows that are given, as one write; how many new ids of each table.
+
+    ``draw`` is told these rows of the id table, ascending; if it fails, everything is put back.
+    """
+    part = parts if len(layout.order) > 1 else None
+
+    def insert(changes: Changes) -> list[int]:
+        begun = table._insert(changes, ids, part, draw).begun
+        nums: list[int] = torch.searchsorted(begun, table.begins).diff().tolist()
+        return nums
+
+    try:
+        return layout.by_table(table._write(insert))
+    except TableFull as full:
+        raise full.named(layout.order) from None
 
 
 def restore_dtypes(module: nn.Module, before: Mapping[str, Tensor]) -> None:

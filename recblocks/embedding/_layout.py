@@ -106,6 +106,11 @@ class Layout:
         ends = list(itertools.accumulate((self.dim_of[name] for name in self.pooled), initial=0))
         return {name: slice(*pair) for name, pair in zip(self.pooled, itertools.pairwise(ends), strict=True)}
 
+    def by_table(self, numbers: Sequence[int]) -> dict[str, int]:
+        """Of each table, in the order they were given in, what is given by `order`."""
+        found = dict(zip(self.order, numbers, strict=True))
+        return {name: found[name] for name in self.tables}
+
     def features_of(self, table: str) -> list[str]:
         """The features that look into a table."""
         return [name for name, one in self.features.items() if one.table == table]

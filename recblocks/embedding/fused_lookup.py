@@ -16,6 +16,7 @@ from recblocks.embedding._buckets import Changes
 from recblocks.embedding._first_weights import draw_rows, draw_unseen
 from recblocks.embedding._gather import (
     BACKENDS,
+    give_rows,
     kernel_for,
     kernel_vectors,
     pool,
@@ -36,7 +37,7 @@ from recblocks.embedding._layout import (
     holds_all,
 )
 from recblocks.embedding._row_updates import gather_and_train
-from recblocks.embedding.id_table import IdTable, TableFull
+from recblocks.embedding.id_table import IdTable
 from recblocks.sketch import CountMinSketch
 
 _OPTIMIZERS = ("sgd", "rowwise_adagrad")
@@ -145,8 +146,7 @@ class FusedEmbeddingLookup(nn.Module):
     @property
     def num_ids(self) -> dict[str, int]:
         """How many ids of each table have a row."""
-        counts = dict(zip(self.layout.order, self.table.num_ids_by_part, strict=True))
-        return {name: counts[name] for name in self.layout.tables}
+        return self.layout.by_table(self.table.num_ids_by_part)
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -161,8 +161,7 @@ class FusedEmbeddingLookup(nn.Module):
     @property
     def capacities(self) -> dict[str, int]:
         """How many ids of each table can have a row."""
-        capacities = dict(zip(self.layout.order, self.table.capacities, strict=True))
-        return {name: capacities[name] for name in self.layout.tables}
+        return self.layout.by_table(self.table.capacities)
 
     def reset_parameters(self, *, generator: torch.Generator | None = None) -> None:
         """Forget every id, and draw the weights for unseen ones; those of an id are drawn when it gets its row."""
@@ -241,12 +240,8 @@ class FusedEmbeddingLookup(nn.Module):
         """
         ids, feature = without_row(self.layout.groups(features, self.places.device), self.table, self.places)
         ids, order = ids.sort()
-        try:
-            nums = self.table._write(self._insert, ids, self.places[0, feature[order]], generator)
-        except TableFull as full:
-            raise full.named(self.layout.order) from None
-        counts = dict(zip(self.layout.order, nums, strict=True))
-        return {name: counts[name] for name in self.layout.tables}
+        draw = functools.partial(self._draw, generator)
+        return give_rows(self.table, self.layout, ids, self.places[0, feature[order]], draw)
 
     def erase(self, table: str, ids: Tensor) -> int:
         """Take the rows of some ids away, those without one are passed over; how many had one.
@@ -313,13 +308,6 @@ class FusedEmbeddingLookup(nn.Module):
             f"{name}: {capacity} x {self.layout.tables[name].dim}" for name, capacity in self.capacities.items()
         )
         return f"tables={{{tables}}}, num_features={len(self.layout.features)}, gradient={self.gradient!r}"
-
-    def _insert(self, changes: Changes, ids: Tensor, parts: Tensor, generator: torch.Generator | None) -> list[int]:
-        """How many new ids of each part; their weights are drawn, and what was there put back if that fails."""
-        draw = functools.partial(self._draw, generator)
-        begun = self.table._insert(changes, ids, parts if len(self.layout.order) > 1 else None, draw).begun
-        counts: list[int] = torch.searchsorted(begun, self.table.begins).diff().tolist()
-        return counts
 
     def _draw(self, generator: torch.Generator | None, changes: Changes, begun: Tensor) -> None:
         """Draw the weights of rows of the id table that are given anew, ascending."""

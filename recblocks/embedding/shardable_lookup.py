@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -17,11 +17,21 @@ from recblocks._distributed import all_gather_ragged, group_size
 from recblocks.embedding import _collections
 from recblocks.embedding._buckets import Changes
 from recblocks.embedding._first_weights import draw_rows, draw_unseen
-from recblocks.embedding._gather import rows_of, without_row
-from recblocks.embedding._id_table_state import SAVED, capacities_of, check_state
-from recblocks.embedding._layout import EmbeddingTable, Group, IdFeature, Ids, Layout, PackedIds, Vectors, holds_all
+from recblocks.embedding._gather import give_rows, rows_of, without_row
+from recblocks.embedding._id_table_state import SAVED, capacities_of
+from recblocks.embedding._layout import (
+    EmbeddingTable,
+    Group,
+    IdFeature,
+    Ids,
+    Layout,
+    PackedIds,
+    Range,
+    Vectors,
+    holds_all,
+)
 from recblocks.embedding.fused_lookup import FusedEmbeddingLookup
-from recblocks.embedding.id_table import IdTable, TableFull
+from recblocks.embedding.id_table import IdTable
 
 
 class ShardableLookup(nn.Module):
@@ -93,6 +103,7 @@ class ShardableLookup(nn.Module):
         capacities = [self.layout.tables[name].capacity for name in self.layout.order]
         is_meta = device is not None and torch.device(device).type == "meta"
         self.table = IdTable(capacities, seed=seed, device=None if is_meta else device)
+        own = self._own_begins()
         configs: dict[int | None, list[Any]] = {}
         kinds = {"sum": torchrec.PoolingType.SUM, "mean": torchrec.PoolingType.MEAN}
         for name, one in self.layout.tables.items():
@@ -100,7 +111,7 @@ class ShardableLookup(nn.Module):
                 raise ValueError(f"tables must be those that features look into, got {name!r} without any")
             if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict(), name):
                 raise ValueError(f"tables must have names that torchrec can take in a ModuleDict, got {name!r}")
-            sizes = {"num_embeddings": one.capacity + self._num_unseen(name), "embedding_dim": one.dim}
+            sizes = {"num_embeddings": own[name] + one.capacity, "embedding_dim": one.dim}
             named = {"name": name, "feature_names": self.layout.features_of(name), **sizes}
             pooling = poolings[name]
             if pooling is None:
@@ -127,8 +138,7 @@ class ShardableLookup(nn.Module):
     @property
     def num_ids(self) -> dict[str, int]:
         """How many ids of each table have a row."""
-        counts = dict(zip(self.layout.order, self.table.num_ids_by_part, strict=True))
-        return {name: counts[name] for name in self.layout.tables}
+        return self.layout.by_table(self.table.num_ids_by_part)
 
     @property
     def columns(self) -> dict[str, slice]:
@@ -146,16 +156,15 @@ class ShardableLookup(nn.Module):
         when it gets its row. What an optimizer keeps of the rows stays.
         """
         self.table.reset_parameters()
-        weights, begins = _collections.weights_of(self.collections), dict.fromkeys(self.layout.tables, 0)
+        weights = _collections.weights_of(self.collections)
         for weight in weights.values():
             for piece in _collections.pieces_of(weight):
                 piece.tensor.zero_()
-        for one in self.layout.features.values():
-            table = self.layout.tables[one.table]
-            drawn = torch.empty(one.num_unseen, table.dim, device=self.places.device, dtype=torch.float32)
-            draw_unseen(drawn, table.capacity, generator)
-            _collections.write_rows(weights[one.table], _rows(begins[one.table], drawn), drawn)
-            begins[one.table] += one.num_unseen
+        for one, begin in self._ranges():
+            if one.feature is not None:
+                drawn = torch.empty(one.end - one.begin, one.dim, device=self.places.device, dtype=torch.float32)
+                draw_unseen(drawn, self.layout.tables[one.table].capacity, generator)
+                _collections.write_rows(weights[one.table], _rows(begin, drawn), drawn)
 
     def forward(self, features: Mapping[str, Ids] | PackedIds) -> Vectors:
         """Look all features up, like `FusedEmbeddingLookup.forward`, with the collections' gradients."""
@@ -203,13 +212,8 @@ class ShardableLookup(nn.Module):
         if not len(every):
             return dict.fromkeys(self.layout.tables, 0)
         ids, order = every[:, 0].sort()
-        try:
-            begun = self.table._write(self._insert, ids, self.places[0, every[order, 1]], generator)
-        except TableFull as full:
-            raise full.named(self.layout.order) from None
-        nums: list[int] = torch.searchsorted(begun, self.table.begins).diff().tolist()
-        counts = dict(zip(self.layout.order, nums, strict=True))
-        return {name: counts[name] for name in self.layout.tables}
+        draw = functools.partial(self._draw, _collections.weights_of(self.collections), generator)
+        return give_rows(self.table, self.layout, ids, self.places[0, every[order, 1]], draw)
 
     def _agree(
         self,
@@ -259,9 +263,9 @@ class ShardableLookup(nn.Module):
             raise ValueError(f"lookup must have capacities {self.table.capacities}, got {lookup.table.capacities}")
         _take_ids(self.table, lookup.table)
         weights = _collections.weights_of(self.collections)
-        for name, at, begin in self._ranges():
-            source = lookup.weights[str(self.layout.tables[name].dim)].detach()[at]
-            _collections.write_rows(weights[name], _rows(begin, source), source)
+        for one, begin in self._ranges():
+            source = lookup.weights[str(one.dim)].detach()[one.begin : one.end]
+            _collections.write_rows(weights[one.table], _rows(begin, source), source)
 
     def to_fused(
         self, *, gradient: Literal["dense", "sparse", "sgd", "rowwise_adagrad"] = "dense", learning_rate: float = 0.01
@@ -283,68 +287,66 @@ class ShardableLookup(nn.Module):
             fused = FusedEmbeddingLookup(self.layout.tables, self.layout.features, **options)
             _take_ids(fused.table, self.table)
         weights = _collections.weights_of(self.collections)
-        for name, of_table in itertools.groupby(sorted(self._ranges(), key=lambda one: one[0]), key=lambda one: one[0]):
-            rows = _collections.whole(weights[name])
+        ranges = self._ranges()
+        for name, weight in weights.items():
+            rows = _collections.whole(weight)
             if fused is not None and rows is not None:
-                weight = fused.weights[str(self.layout.tables[name].dim)].detach()
-                for _, at, begin in of_table:
-                    weight[at] = rows[begin : begin + at.stop - at.start].to(weight)
+                for one, begin in ranges:
+                    if one.table == name:
+                        given = fused.weights[str(one.dim)].detach()[one.begin : one.end]
+                        given.copy_(rows[begin : begin + len(given)])
         return fused
 
     def extra_repr(self) -> str:
         """Say how many features there are."""
         return f"num_features={len(self.layout.features)}"
 
-    def _insert(self, changes: Changes, ids: Tensor, parts: Tensor, generator: torch.Generator | None) -> Tensor:
-        """The rows that are given; what was written is put back if anything fails."""
-        weights = _collections.weights_of(self.collections)
-        draw = functools.partial(self._draw, weights, generator)
-        return self.table._insert(changes, ids, parts if len(self.layout.order) > 1 else None, draw).begun
-
     def _draw(
         self, weights: Mapping[str, Any], generator: torch.Generator | None, changes: Changes, begun: Tensor
     ) -> None:
         """Draw the weights of rows of the id table that are given anew, ascending."""
+        own = self._own_begins()
         for one in draw_rows(begun, self.table.begins, self.layout, generator, torch.float32):
             nums = torch.searchsorted(one.begun, self.table.begins).diff()[one.parts.start : one.parts.stop].tolist()
             pieces = zip(one.parts, torch.split(one.begun, nums), torch.split(one.vectors, nums), strict=True)
             for part, rows, vectors in pieces:
                 name = self.layout.order[part]
-                at = rows - self.table.begins[part] + self._num_unseen(name)
+                at = rows - self.table.begins[part] + own[name]
                 _collections.write_rows(weights[name], at, vectors, changes)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         """Refuse another lookup's, before anything of it is loaded."""
         self.layout.refuse_others(state_dict.get(f"{prefix}_extra_state"))
         wanted = [f"{prefix}table.{name}" for name in SAVED]
-        if holds_all(state_dict, [f"{prefix}_extra_state", *wanted]):
-            table = {name: state_dict[f"{prefix}table.{name}"] for name in SAVED}
-            check_state(table, f"{prefix}table.", counts_uses=False)
-            capacities = capacities_of(table["begins"])
+        if holds_all(state_dict, [f"{prefix}_extra_state", *wanted]):  # the id table, loaded first, checks its own
+            _checks.integers(f"state_dict['{prefix}table.begins']", state_dict[f"{prefix}table.begins"], None)
+            capacities = capacities_of(state_dict[f"{prefix}table.begins"])
             if capacities != self.table.capacities:
                 raise ValueError(f"state_dict must be of capacities {self.table.capacities}, got {capacities}")
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def _ranges(self) -> list[tuple[str, slice, int]]:
-        """Of each range of rows: its table, where it lies in a fused lookup's weight, where it begins in the table."""
+    def _ranges(self) -> list[tuple[Range, int]]:
+        """The rows of a fused lookup's weights, and where each range begins in its table, by the same order."""
         found, begins = [], dict.fromkeys(self.layout.tables, 0)
-        for one in self.layout.ranges(self.table.capacities):  # first those for unseen ids, as in a table
-            found.append((one.table, slice(one.begin, one.end), begins[one.table]))
+        for one in self.layout.ranges(self.table.capacities):
+            found.append((one, begins[one.table]))
             begins[one.table] += one.end - one.begin
         return found
+
+    def _own_begins(self) -> dict[str, int]:
+        """Where the rows of each table's ids begin, behind those for unseen ones."""
+        return {one.table: begin for one, begin in self._ranges() if one.feature is None}
 
     def _places(self) -> Tensor:
         """Like `Layout.places`, for rows of the tables."""
         firsts = dict(zip(self.layout.order, self.table.begins.tolist(), strict=False))
-        begins, found = dict.fromkeys(self.layout.tables, 0), []
-        for one in self.layout.features.values():
-            shift = self._num_unseen(one.table) - firsts[one.table]
-            found.append((self.layout.order.index(one.table), shift, begins[one.table], one.num_unseen))
-            begins[one.table] += one.num_unseen
+        own = self._own_begins()
+        found = [
+            (self.layout.order.index(one.table), own[one.table] - firsts[one.table], begin, one.end - one.begin)
+            for one, begin in self._ranges()
+            if one.feature is not None
+        ]
         return torch.tensor(found, device=self.table.begins.device).t().contiguous()
-
-    def _num_unseen(self, table: str) -> int:
-        return sum(self.layout.features[name].num_unseen for name in self.layout.features_of(table))
 
     def _bags(self, groups: Sequence[tuple[Group, Tensor]]) -> Tensor:
         """(B, sum of widths) of the features that pool."""
@@ -361,7 +363,7 @@ class ShardableLookup(nn.Module):
 
     def _each(self, group: Group, rows: Tensor) -> dict[str, Tensor]:
         """(..., dim) of each feature of a width that does not pool, all whose ids are one bag for torchrec."""
-        sizes = [torch.Size(shape).numel() for shape in group.shapes]
+        sizes = [math.prod(shape) for shape in group.shapes]
         dim = self.layout.dim_of[group.names[0]]
         found = self.each[str(dim)](_jagged(list(group.names), rows, torch.tensor(sizes, device=rows.device)))
         named = zip(group.names, group.shapes, strict=True)
