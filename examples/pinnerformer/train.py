@@ -20,6 +20,7 @@ from examples.pinnerformer import checkpoint
 from examples.pinnerformer.data import Dataset
 from examples.pinnerformer.infer import model_columns
 from examples.pinnerformer.model import ModelOptions, PinnerFormer, build_model
+from examples.ranks import is_first_rank
 from recblocks import CountMinSketch, Examples, TrainingBatches
 
 OBJECTIVES = {
@@ -130,7 +131,7 @@ def train(
         state["temperature"].append(temperature.item())
         if on_step is not None:
             on_step(step + 1, state["loss"][-1])
-        if path is not None and _is_first_rank() and ((step + 1) % save_every == 0 or step + 1 == options.steps):
+        if path is not None and is_first_rank() and ((step + 1) % save_every == 0 or step + 1 == options.steps):
             state |= {"step": step + 1, "options": described, "model": model.state_dict()}
             checkpoint.save(path, state | {"optimizer": optimizer.state_dict(), "sketch": sketch.state_dict()})
     return Trained(model.eval(), state["loss"], state["temperature"])
@@ -271,7 +272,3 @@ def _described(data: Dataset, sizes: ModelOptions, options: TrainOptions) -> dic
     """What a checkpoint must agree with; where it runs may differ."""
     described = data.options | dataclasses.asdict(sizes) | dataclasses.asdict(options)
     return {name: value for name, value in described.items() if name not in ("device", "compile")}
-
-
-def _is_first_rank() -> bool:
-    return not dist.is_initialized() or dist.get_rank() == 0

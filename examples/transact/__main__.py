@@ -19,6 +19,7 @@ import tyro
 from rich.console import Console
 from torch import Tensor
 
+from examples.ranks import is_first_rank, wait_for_ranks
 from examples.side_by_side import train_side_by_side
 from examples.transact import journey, kuairand, report, world
 from examples.transact.data import RankingData, count_earlier
@@ -65,7 +66,7 @@ def main(options: Options) -> None:
     start(options.train.device)
     try:
         run(options)
-        dist.barrier()
+        wait_for_ranks()
     finally:
         dist.destroy_process_group()
 
@@ -73,8 +74,7 @@ def main(options: Options) -> None:
 def run(options: Options) -> None:
     """Train on every rank; judge and report on the first."""
     began = time.monotonic()
-    first = not dist.is_initialized() or dist.get_rank() == 0
-    console = Console(quiet=not first, width=None if sys.stdout.isatty() else 130)
+    console = Console(quiet=not is_first_rank(), width=None if sys.stdout.isatty() else 130)
     data = load(options)
     console.print(
         f"{data.name}: {len(data.candidates.item)} candidates of {len(data.requests.user)} requests, "
@@ -82,7 +82,7 @@ def run(options: Options) -> None:
     )
     jury = Jury(data, options.part)
     scored = train_all(console, data, options, jury.rows)
-    if not first:
+    if not is_first_rank():
         return
     judged = [jury.judge(name, each.probabilities) for name, each in scored.items()]
     judged += [jury.judge(name, scores, is_model=False) for name, scores in rules(data, jury.rows, options).items()]
@@ -104,11 +104,11 @@ def run(options: Options) -> None:
 
 def load(options: Options) -> RankingData:
     """Prepare the data, or read what an earlier run prepared; of several ranks the first one prepares."""
-    if dist.is_initialized() and dist.get_rank() > 0:
-        dist.barrier()
+    if not is_first_rank():
+        wait_for_ranks()
     data = _load(options)
-    if dist.is_initialized() and dist.get_rank() == 0:
-        dist.barrier()
+    if is_first_rank():
+        wait_for_ranks()
     return data
 
 

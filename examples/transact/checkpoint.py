@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import pathlib
 import shutil
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+
+from examples.pinnerformer import checkpoint as whole_file
+from examples.ranks import is_first_rank, wait_for_ranks
 
 
 def save(folder: pathlib.Path, step: int, rest: dict[str, Any], tables: dict[str, Any] | None) -> None:
@@ -23,26 +24,21 @@ def save(folder: pathlib.Path, step: int, rest: dict[str, Any], tables: dict[str
         tables: what is in pieces over the ranks, if anything is.
     """
     partial, whole = folder / f"step-{step}.partial", folder / f"step-{step}"
-    first = not dist.is_initialized() or dist.get_rank() == 0
-    if first:
+    if is_first_rank():
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-    _wait()
+    wait_for_ranks()
     if tables is not None:
         dcp.save(tables, checkpoint_id=partial / "tables")
-    if first:
-        with (partial / "rest.pt").open("wb") as file:
-            torch.save(rest, file)
-            file.flush()
-            os.fsync(file.fileno())
-        _wait()
+    if is_first_rank():
+        whole_file.save(partial / "rest.pt", rest)
+    wait_for_ranks()
+    if is_first_rank():
         older = _steps(folder)
         partial.rename(whole)
         for step in older:
             shutil.rmtree(folder / f"step-{step}")
-    else:
-        _wait()
-    _wait()
+    wait_for_ranks()
 
 
 def last(folder: pathlib.Path) -> pathlib.Path | None:
@@ -96,8 +92,3 @@ class Saved:
 def _steps(folder: pathlib.Path) -> list[int]:
     names = (path.name.removeprefix("step-") for path in folder.glob("step-*"))
     return [int(name) for name in names if name.isdigit()]
-
-
-def _wait() -> None:
-    if dist.is_initialized():
-        dist.barrier()

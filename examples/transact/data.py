@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -150,13 +151,11 @@ class RankingData:
 
     def digest(self) -> str:
         """What tells these data from others of the same name: of all that training reads."""
-        known = hashlib.blake2b(digest_size=16)
-        histories = [self.histories.columns[name] for name in ("row", "action_type", "time")]
-        requests = [self.requests.user, self.requests.newest, self.requests.time]
-        candidates = [self.candidates.request, self.candidates.item, self.candidates.labels, self.candidates.numeric]
-        for part in (*histories, *requests, *candidates, self.vectors, self.parts["train"]):
-            known.update(part.contiguous().numpy())
-        return known.hexdigest()
+        histories = {name: self.histories.columns[name] for name in ("row", "action_type", "time")}
+        requests = {"user": self.requests.user, "newest": self.requests.newest, "asked": self.requests.time}
+        shown = {name: getattr(self.candidates, name) for name in ("request", "item", "labels", "numeric")}
+        read = {**histories, **requests, **shown, "vectors": self.vectors, "train": self.parts["train"]}
+        return digest_of(self.name, read)
 
     def rows_of(self, part: str) -> Tensor:
         """The candidates of a part's requests."""
@@ -166,6 +165,15 @@ class RankingData:
 def _check_codes(name: str, codes: Tensor, size: int) -> None:
     if len(codes) and not 0 <= int(codes.min()) <= int(codes.max()) < size:
         raise ValueError(f"{name} must be in [0, {size}), got {int(codes.min())} to {int(codes.max())}")
+
+
+def digest_of(described: str, tensors: Mapping[str, Tensor]) -> str:
+    """What tells some tensors, and how they came about, from others."""
+    digest = hashlib.sha256(described.encode())
+    for name, tensor in tensors.items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()[:24]
 
 
 def text_ids(values: list[str]) -> Tensor:

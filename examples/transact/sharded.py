@@ -92,8 +92,8 @@ class Sharded:
     def state(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """What a checkpoint holds: what every rank has, and what is in pieces."""
         every = self.forward.state_dict()
-        whole = {name: one for name, one in every.items() if not hasattr(one, "local_shards")}
         pieces = {name: one for name, one in every.items() if hasattr(one, "local_shards")}
+        whole = {name: one for name, one in every.items() if name not in pieces}
         rest = {"ranker": whole, "optimizer": self.optimizer.state_dict()}
         return rest, {"weights": pieces, "adagrad": self.forward.fused_optimizer.state_dict()}
 
@@ -111,7 +111,7 @@ class Sharded:
         if fused is None:
             return self.ranker, 0.0
         ranker = build(ServingLookup(fused, dtype=torch.float32)).to(batch.candidate.device)
-        whole = {name: one for name, one in self.state()[0]["ranker"].items() if not name.startswith("lookup.")}
+        whole = {name: one for name, one in self.ranker.state_dict().items() if not name.startswith("lookup.")}
         own = {name: one for name, one in ranker.state_dict().items() if name.startswith("lookup.")}
         ranker.load_state_dict({**whole, **own})
         with torch.no_grad():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,7 +10,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from examples.transact.model import Batch, Ranker, Share
-from recblocks import FusedEmbeddingLookup
 
 
 class OneProcess:
@@ -56,10 +54,6 @@ class OneProcess:
         """Take a checkpoint over."""
         self.ranker.load_state_dict(rest["ranker"])
         self.optimizer.load_state_dict(rest["optimizer"])
-
-    def served(self, build: Callable[[FusedEmbeddingLookup], Ranker], batch: Batch) -> tuple[Ranker, float]:  # noqa: ARG002
-        """The ranker to judge, and by how much it differs from the one that was trained."""
-        return self.ranker, 0.0
 
 
 def own_device(device: str) -> torch.device:

@@ -11,9 +11,9 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from examples.ranks import is_first_rank
 from examples.side_by_side import OnStep
 from examples.transact.checkpoint import Saved
 from examples.transact.data import RankingData, sampling_chance
@@ -86,8 +86,8 @@ def scoring(
 
     def score(on_step: OnStep) -> Scored:
         trained = train(data, sequence, model_options, options, on_step=on_step)
-        first = not dist.is_initialized() or dist.get_rank() == 0
-        probabilities = predict(trained, rows, on_step=on_step) if first else torch.empty(0, len(data.heads))
+        none = torch.empty(0, len(data.heads))
+        probabilities = predict(trained, rows, on_step=on_step) if is_first_rank() else none
         return Scored(probabilities, trained.loss, trained.served_apart)
 
     return score
@@ -175,8 +175,9 @@ def train(
             if on_step is not None:
                 on_step(len(trained.loss), steps, trained.loss[-1])
     ranker.eval()
-    build = functools.partial(Ranker, data, inputs, sequence, model_options)
-    trained.ranker, trained.served_apart = model.served(build, inputs(rows[:512]).to(device))
+    if options.sharded:
+        build = functools.partial(Ranker, data, inputs, sequence, model_options)
+        trained.ranker, trained.served_apart = model.served(build, inputs(rows[:512]).to(device))
     return trained
 
 

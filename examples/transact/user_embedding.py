@@ -8,7 +8,6 @@ is read. The model itself, the items' content included, is that of the first req
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 import pathlib
@@ -24,6 +23,7 @@ from examples.pinnerformer.data import Dataset, every_purchase, product_words, p
 from examples.pinnerformer.infer import Histories, embed_users, model_columns
 from examples.pinnerformer.model import ModelOptions
 from examples.pinnerformer.train import TrainOptions, train
+from examples.transact.data import digest_of
 from recblocks import Timelines
 
 SIZES = ModelOptions(dim=32, hidden_dim=32, item_hidden_dim=96)
@@ -120,7 +120,7 @@ def journey_embeddings(
     owner, index = known.actions()
     options = (dataclasses.asdict(sizes), dataclasses.asdict(training), start, num_surfaces)
     described = json.dumps([_VERSION, torch.__version__, *options, dict(text)])
-    digest = _digest(described, model_columns(known, index) | {"owner": owner, "users": users, "cuts": cuts})
+    digest = digest_of(described, model_columns(known, index) | {"owner": owner, "users": users, "cuts": cuts})
 
     def prepare() -> Tensor:
         data = _journey_data(known, text, start=start, num_surfaces=num_surfaces, dim=sizes.dim)
@@ -155,14 +155,6 @@ def _journey_data(
         cut=cut,
         num_windows=0,
     )
-
-
-def _digest(described: str, tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256(described.encode())
-    for name, tensor in tensors.items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.numpy().tobytes())
-    return digest.hexdigest()[:24]
 
 
 def _cached(path: pathlib.Path, prepare: Callable[[], Tensor]) -> Tensor:
