@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Files that are whole or not there, and where those are kept that can be made again."""
 
 from __future__ import annotations
 
@@ -24,3 +24,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
         scratch.replace(path)
     finally:
         scratch.unlink(missing_ok=True)
+
+
+def user_cache() -> pathlib.Path:
+    """The user's folder for what can be made again: ``$XDG_CACHE_HOME/recblocks``, else ``~/.cache/recblocks``."""
+    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "recblocks"

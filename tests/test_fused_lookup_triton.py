@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 
 from recblocks import EmbeddingTable, FusedEmbeddingLookup, IdFeature, ServingLookup
 from recblocks.embedding._gather import lookup_rows
-from recblocks.kernels.fused_lookup import triton as kernel
+from recblocks.kernels.fused_lookup import dispatch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LOWEST, HIGHEST = -(2**63), 2**63 - 1
@@ -65,13 +65,13 @@ def test_rows_are_those_of_plain_torch(num_tables, num_rows):
     want = lookup_rows(ids, lookup.table.slots, lookup.places[:, feature])
     assert len(want.unique()) > min(num_rows, 2) * num_features - 2
     given = lookup.places, *lookup.table.slots
-    assert torch.equal(kernel.lookup_rows(ids, feature, *given), want)
+    assert torch.equal(dispatch.lookup_rows(ids, feature, *given, "triton"), want)
     each = feature.expand_as(ids).flatten()
-    assert torch.equal(kernel.lookup_rows(ids.flatten(), each, *given), want.flatten())
+    assert torch.equal(dispatch.lookup_rows(ids.flatten(), each, *given, "triton"), want.flatten())
     strided = ids.repeat_interleave(2, 0)[::2].t().contiguous().t()
     assert not strided.is_contiguous() or num_rows == 1
     places = lookup.places.t().contiguous().t()
-    assert torch.equal(kernel.lookup_rows(strided, feature, places, *lookup.table.slots), want)
+    assert torch.equal(dispatch.lookup_rows(strided, feature, places, *lookup.table.slots, "triton"), want)
 
 
 @pytest.mark.parametrize("dim", [1, 3, 8, 17])
@@ -87,10 +87,10 @@ def test_vectors_and_bags_are_those_of_plain_torch(dim, dtype):
         scale = torch.rand(len(weight), generator=torch.Generator().manual_seed(3)).to(DEVICE)
         want = want * scale[:, None]
     given = ids, feature, lookup.places, *slots, weight, scale
-    assert torch.equal(kernel.lookup_vectors(*given, None, False), want[rows])
+    assert torch.equal(dispatch.lookup_vectors(*given, None, False, "triton"), want[rows])
     offsets = torch.tensor([0, 0, 1, 1, 9, 20, 44, 61, 61], device=DEVICE)
     for mode in ("sum", "mean"):
-        got = kernel.lookup_vectors(*given, offsets, mode == "mean")
+        got = dispatch.lookup_vectors(*given, offsets, mode == "mean", "triton")
         bags = functional.embedding_bag(rows, want, offsets, mode=mode, include_last_offset=True)
         # Up to 24 numbers below 127 are added in another order: 24 roundings of at most 3000 by 2**-24.
         torch.testing.assert_close(got, bags, rtol=0, atol=5e-3 if dtype == torch.int8 else 5e-4)
@@ -100,13 +100,15 @@ def test_no_ids_and_no_bags_give_nothing():
     lookup = make(5)
     nothing = torch.empty(0, dtype=torch.int64, device=DEVICE)
     given = nothing, nothing, lookup.places, *lookup.table.slots
-    assert kernel.lookup_rows(*given).shape == (0,)
+    assert dispatch.lookup_rows(*given, "triton").shape == (0,)
     weight = lookup.weights["5"].detach()
-    assert kernel.lookup_vectors(*given, weight, None, None, False).shape == (0, 5)
+    assert dispatch.lookup_vectors(*given, weight, None, None, False, "triton").shape == (0, 5)
     begin = torch.zeros(1, dtype=torch.int64, device=DEVICE)
-    assert kernel.lookup_vectors(*given, weight, None, begin, False).shape == (0, 5)
+    assert dispatch.lookup_vectors(*given, weight, None, begin, False, "triton").shape == (0, 5)
     only_empty = torch.zeros(4, dtype=torch.int64, device=DEVICE)
-    assert torch.equal(kernel.lookup_vectors(*given, weight, None, only_empty, True), torch.zeros(3, 5, device=DEVICE))
+    assert torch.equal(
+        dispatch.lookup_vectors(*given, weight, None, only_empty, True, "triton"), torch.zeros(3, 5, device=DEVICE)
+    )
 
 
 # --- the Modules ---
@@ -194,9 +196,11 @@ def test_the_operators_pass_torch_s_own_check():
     lookup = trained("triton")
     group = lookup.pack(batch()).groups[0]
     given = group.ids, group.feature, lookup.places, *lookup.table.slots
-    torch.library.opcheck(kernel.lookup_rows, given)
+    torch.library.opcheck(dispatch.lookup_rows, (*given, "triton"))
     dim = str(lookup.layout.dim_of[group.names[0]])
-    torch.library.opcheck(kernel.lookup_vectors, (*given, lookup.weights[dim].detach(), None, group.offsets, False))
+    torch.library.opcheck(
+        dispatch.lookup_vectors, (*given, lookup.weights[dim].detach(), None, group.offsets, False, "triton")
+    )
 
 
 COMPILING = """

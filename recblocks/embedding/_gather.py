@@ -1,23 +1,18 @@
-"""What every fused lookup does with the ids of a batch: rows, and the vectors in them, in plain torch or by Triton."""
+"""What every fused lookup does with the ids of a batch: rows and vectors, in plain torch or by a kernel."""
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Mapping, Sequence
-from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from recblocks import _checks
 from recblocks._hashing import FIRST, GOLDEN, LOW_32, mix, signed
 from recblocks.embedding._buckets import Changes, Slots, find
 from recblocks.embedding._layout import Group, Layout
 from recblocks.embedding.id_table import IdTable, TableFull
-
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
-BACKENDS = ("auto", "reference", "triton")
+from recblocks.kernels.fused_lookup import dispatch
 
 
 def lookup_rows(ids: Tensor, slots: Slots, places: Tensor) -> Tensor:
@@ -55,26 +50,13 @@ def pool(weight: Tensor, offsets: Tensor, mode: str, rows: Tensor | None = None,
     return functional.embedding_bag(rows, weight, offsets, mode=mode, sparse=sparse, include_last_offset=True)
 
 
-def kernel_for(backend: str, device: torch.device) -> ModuleType | None:
-    """The Triton kernels, where they run, or None for plain torch."""
-    if backend == "reference" or (backend == "auto" and not (device.type == "cuda" and _HAS_TRITON)):
-        return None
-    if not _HAS_TRITON:
-        _checks.optional("triton", "pip install triton")
-    from recblocks.kernels.fused_lookup import triton
-
-    return triton
-
-
-def rows_of(
-    groups: Sequence[Group], slots: Slots, places: Tensor, kernel: ModuleType | None = None
-) -> Sequence[Tensor]:
-    """The rows of all ids, which are looked for in one go; places are (4, F)."""
+def rows_of(groups: Sequence[Group], slots: Slots, places: Tensor, backend: str | None) -> Sequence[Tensor]:
+    """The rows of all ids, which are looked for in one go; places are (4, F), None is plain torch."""
 
     def look_up(ids: Tensor, feature: Tensor) -> Tensor:
-        if kernel is None:
+        if backend is None:
             return lookup_rows(ids, slots, places[:, feature])
-        found: Tensor = kernel.lookup_rows(ids, feature, places, *slots)
+        found: Tensor = dispatch.lookup_rows(ids, feature, places, *slots, backend)
         return found
 
     if len(groups) == 1:
@@ -84,7 +66,7 @@ def rows_of(
 
 
 def kernel_vectors(
-    kernel: ModuleType,
+    backend: str,
     groups: Sequence[Group],
     slots: Slots,
     places: Tensor,
@@ -98,7 +80,7 @@ def kernel_vectors(
         dim = str(layout.dim_of[group.names[0]])
         scale, mean = scales.get(dim), group.kind == "mean"
         where = group.ids, group.feature, places, *slots
-        found.append(kernel.lookup_vectors(*where, weights[dim], scale, group.offsets, mean))
+        found.append(dispatch.lookup_vectors(*where, weights[dim], scale, group.offsets, mean, backend))
     return found
 
 

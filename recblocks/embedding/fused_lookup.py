@@ -15,9 +15,7 @@ from recblocks import _checks
 from recblocks.embedding._buckets import Changes
 from recblocks.embedding._first_weights import draw_rows, draw_unseen
 from recblocks.embedding._gather import (
-    BACKENDS,
     give_rows,
-    kernel_for,
     kernel_vectors,
     pool,
     restore_dtypes,
@@ -38,6 +36,7 @@ from recblocks.embedding._layout import (
 )
 from recblocks.embedding._row_updates import gather_and_train
 from recblocks.embedding.id_table import IdTable
+from recblocks.kernels.fused_lookup import dispatch
 from recblocks.sketch import CountMinSketch
 
 _OPTIMIZERS = ("sgd", "rowwise_adagrad")
@@ -123,7 +122,7 @@ class FusedEmbeddingLookup(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _checks.choice("backend", backend, BACKENDS)
+        _checks.choice("backend", backend, dispatch.BACKENDS)
         _checks.choice("gradient", gradient, _GRADIENTS)
         _checks.number("learning_rate", learning_rate, at_least=0)
         self.layout, self.gradient, self.backend = Layout(tables, features), gradient, backend
@@ -195,12 +194,12 @@ class FusedEmbeddingLookup(nn.Module):
         compiling = torch.compiler.is_compiling()
         with contextlib.nullcontext() if compiling else self.table.reading("a lookup"):
             groups = self.layout.groups(features, self.places.device)
-            kernel, slots = kernel_for(self.backend, self.places.device), self.table.slots
-            if kernel is not None and not torch.is_grad_enabled() and self._dtype != torch.float64:
+            backend, slots = dispatch.resolve(self.backend, self.places.device), self.table.slots
+            if backend is not None and not torch.is_grad_enabled() and self._dtype != torch.float64:
                 weights = {dim: weight.detach() for dim, weight in self.weights.items()}
-                found = kernel_vectors(kernel, groups, slots, self.places, weights, {}, self.layout)
+                found = kernel_vectors(backend, groups, slots, self.places, weights, {}, self.layout)
                 return self.layout.vectors(groups, [their.to(self._dtype) for their in found])
-            rows = rows_of(groups, slots, self.places, kernel)
+            rows = rows_of(groups, slots, self.places, backend)
             if self.gradient in _OPTIMIZERS:
                 return self.layout.vectors(groups, self._trained_vectors(groups, rows))
             found = [self._vectors(group, their) for group, their in zip(groups, rows, strict=True)]

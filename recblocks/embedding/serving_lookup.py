@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from recblocks import _checks
 from recblocks.embedding._buckets import BUCKET, Slots, empty, hash_of, num_buckets_of
-from recblocks.embedding._gather import BACKENDS, kernel_for, kernel_vectors, pool, restore_dtypes, rows_of
+from recblocks.embedding._gather import kernel_vectors, pool, restore_dtypes, rows_of
 from recblocks.embedding._id_table_state import capacities_of
 from recblocks.embedding._layout import Group, Ids, PackedIds, Vectors, holds_all
 from recblocks.embedding.fused_lookup import FusedEmbeddingLookup
+from recblocks.kernels.fused_lookup import dispatch
 
 _DTYPES = (torch.float32, torch.float16, torch.int8)
 _LARGEST = 127
@@ -87,7 +88,7 @@ class ServingLookup(nn.Module):
         backend: Literal["auto", "reference", "triton"] = "auto",
     ) -> None:
         super().__init__()
-        _checks.choice("backend", backend, BACKENDS)
+        _checks.choice("backend", backend, dispatch.BACKENDS)
         self.backend = backend
         if not isinstance(lookup, FusedEmbeddingLookup):
             raise TypeError(f"lookup must be a FusedEmbeddingLookup, got {_checks.describe(lookup)}")
@@ -116,14 +117,14 @@ class ServingLookup(nn.Module):
         """Look all features up, like `FusedEmbeddingLookup.forward`."""
         groups = self.layout.groups(features, self.places.device)
         slots = Slots(self.keys, self.rows, self.hashed, self.begins)
-        kernel = kernel_for(self.backend, self.keys.device)
-        if kernel is not None:
+        backend = dispatch.resolve(self.backend, self.keys.device)
+        if backend is not None:
             weights = {str(dim): self.get_buffer(f"weight_{dim}") for dim in self.layout.dims}
             quantized = self.dtype == torch.int8
             scales = {str(dim): self.get_buffer(f"scale_{dim}") for dim in self.layout.dims if quantized}
-            found = kernel_vectors(kernel, groups, slots, self.places, weights, scales, self.layout)
+            found = kernel_vectors(backend, groups, slots, self.places, weights, scales, self.layout)
             return self.layout.vectors(groups, found)
-        rows = rows_of(groups, slots, self.places)
+        rows = rows_of(groups, slots, self.places, None)
         found = [self._vectors(group, their) for group, their in zip(groups, rows, strict=True)]
         return self.layout.vectors(groups, found)
 

@@ -32,6 +32,7 @@ from recblocks.embedding._layout import (
 )
 from recblocks.embedding.fused_lookup import FusedEmbeddingLookup
 from recblocks.embedding.id_table import IdTable
+from recblocks.kernels.fused_lookup import dispatch
 
 
 class ShardableLookup(nn.Module):
@@ -171,7 +172,7 @@ class ShardableLookup(nn.Module):
         compiling = torch.compiler.is_compiling()
         with contextlib.nullcontext() if compiling else self.table.reading("a lookup"):
             groups = self.layout.groups(features, self.places.device)
-            rows = rows_of(groups, self.table.slots, self.places)
+            rows = rows_of(groups, self.table.slots, self.places, dispatch.resolve("auto", self.places.device))
         pooled = [(group, their) for group, their in zip(groups, rows, strict=True) if group.kind != "each"]
         each = [(group, their) for group, their in zip(groups, rows, strict=True) if group.kind == "each"]
         unpooled = {name: vectors for group, their in each for name, vectors in self._each(group, their).items()}

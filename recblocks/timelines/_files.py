@@ -11,6 +11,8 @@ import shutil
 import uuid
 from collections.abc import Callable
 
+from recblocks._files import user_cache
+
 INSTALL_EXAMPLES = 'pip install "recblocks[examples]"'
 
 
@@ -61,7 +63,7 @@ def prepared(
         name: says what was prepared from what, by which version.
         prepare: fills an empty folder.
     """
-    cache = pathlib.Path(cache_dir) if cache_dir is not None else _default_cache()
+    cache = pathlib.Path(cache_dir) if cache_dir is not None else user_cache()
     if not (cache / name).exists():
         cache.mkdir(parents=True, exist_ok=True)
         part = cache / f".{name}-{uuid.uuid4().hex}.part"
@@ -72,10 +74,6 @@ def prepared(
         finally:
             shutil.rmtree(part, ignore_errors=True)
     return cache / name
-
-
-def _default_cache() -> pathlib.Path:
-    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "recblocks"
 
 
 def _put_in_place(part: pathlib.Path, final: pathlib.Path) -> None:

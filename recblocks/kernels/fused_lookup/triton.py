@@ -138,25 +138,17 @@ def bags(
     tl.store(out + bag * DIM + column, total, column < DIM)
 
 
-@torch.library.custom_op("recblocks::fused_lookup_rows", mutates_args=())
-def lookup_rows(
-    ids: Tensor, feature: Tensor, places: Tensor, keys: Tensor, rows: Tensor, hashed: Tensor, begins: Tensor
-) -> Tensor:
-    """(...) the rows of the weight; like `recblocks.embedding._gather.lookup_rows` with ``places[:, feature]``."""
-    found = torch.empty(ids.shape, dtype=torch.int64, device=ids.device)
-    if ids.numel():
-        table = _contiguous(places, keys, rows, hashed, begins)
-        sizes = sizes_of(1)
-        one_each[_grid(ids, sizes)](
-            ids.contiguous(), feature.contiguous(), *table, table[0], table[0], found, found,
-            ids.numel(), feature.numel(), places.shape[1], keys.shape[0],
-            SCALED=False, GATHERS=False, **sizes,
-        )  # fmt: skip
-    return found
+def fill_rows(found: Tensor, ids: Tensor, feature: Tensor, places: Tensor, keys: Tensor, *slots: Tensor) -> None:
+    """What `lookup_rows` gives, into ``found``; all are contiguous."""
+    table, sizes = (places, keys, *slots), sizes_of(1)
+    one_each[_grid(ids, sizes)](
+        ids, feature, *table, ids, ids, found, found, ids.numel(), feature.numel(), places.shape[1], keys.shape[0],
+        SCALED=False, GATHERS=False, **sizes,
+    )  # fmt: skip
 
 
-@torch.library.custom_op("recblocks::fused_lookup_vectors", mutates_args=())
-def lookup_vectors(
+def fill_vectors(
+    out: Tensor,
     ids: Tensor,
     feature: Tensor,
     places: Tensor,
@@ -168,50 +160,16 @@ def lookup_vectors(
     scale: Tensor | None,
     offsets: Tensor | None,
     mean: bool,
-) -> Tensor:
-    """(..., D) float32 vectors of the ids, or (bags, D) their sum or mean; no gradient.
-
-    Args:
-        ids: (...) int64; (N,) with offsets.
-        feature: (F,) that broadcasts against ids, or (N,), int64.
-        places: (4, F) int64, what `recblocks.embedding._gather.lookup_rows` takes of each feature.
-        keys: (B, 8) int64.
-        rows: (B, 8) int32.
-        hashed: (3,) int64.
-        begins: (P + 1,) int64.
-        weight: (R, D) float32, float16, bfloat16 or int8.
-        scale: (R,) float32, what each row is multiplied with.
-        offsets: (bags + 1,) int64, where the bags begin and the last one ends.
-        mean: instead of the sum.
-    """
-    dim = weight.shape[1]
-    shape = ids.shape if offsets is None else (offsets.shape[0] - 1,)
-    out = torch.empty((*shape, dim), dtype=torch.float32, device=ids.device)
-    table = _contiguous(places, keys, rows, hashed, begins, weight, weight if scale is None else scale)
-    sizes: dict[str, Any] = {"SCALED": scale is not None, **sizes_of(dim)}
-    given = ids.contiguous(), feature.contiguous(), *table
-    if out.numel() == 0:
-        return out
+) -> None:
+    """What `lookup_vectors` gives, into ``out``; all are contiguous."""
+    sizes: dict[str, Any] = {"SCALED": scale is not None, **sizes_of(weight.shape[1])}
+    given = ids, feature, places, keys, rows, hashed, begins, weight, weight if scale is None else scale
+    numbers = places.shape[1], keys.shape[0]
     if offsets is None:
         found = torch.empty(ids.shape, dtype=torch.int64, device=ids.device)
-        one_each[_grid(ids, sizes)](
-            *given, found, out, ids.numel(), feature.numel(), places.shape[1], keys.shape[0], GATHERS=True, **sizes
-        )
+        one_each[_grid(ids, sizes)](*given, found, out, ids.numel(), feature.numel(), *numbers, GATHERS=True, **sizes)
     else:
-        bags[(shape[0],)](*given, offsets.contiguous(), out, places.shape[1], keys.shape[0], MEAN=mean, **sizes)
-    return out
-
-
-@lookup_rows.register_fake
-def _(ids: Tensor, *_: Tensor) -> Tensor:
-    return torch.empty_like(ids, memory_format=torch.contiguous_format)
-
-
-@lookup_vectors.register_fake
-def _(ids: Tensor, *others: Any) -> Tensor:
-    weight, _, offsets, _ = others[-4:]
-    shape = ids.shape if offsets is None else (offsets.shape[0] - 1,)
-    return torch.empty((*shape, weight.shape[1]), dtype=torch.float32, device=weight.device)
+        bags[(out.shape[0],)](*given, offsets, out, *numbers, MEAN=mean, **sizes)
 
 
 def sizes_of(dim: int) -> dict[str, int]:
@@ -222,7 +180,3 @@ def sizes_of(dim: int) -> dict[str, int]:
 
 def _grid(ids: Tensor, sizes: dict[str, int]) -> tuple[int]:
     return (-(-ids.numel() // sizes["IDS"]),)
-
-
-def _contiguous(*tensors: Tensor) -> list[Tensor]:
-    return [tensor.contiguous() for tensor in tensors]
