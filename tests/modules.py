@@ -82,7 +82,7 @@ def action_transformer_inputs(*names):
     return given | {name: draw[name]() for name in names}
 
 
-def fused_lookup(device, dtype, gradient):
+def fused_lookup(device, dtype, gradient, backend="auto"):
     tables = {"item": recblocks.EmbeddingTable(30, dim=4), "user": recblocks.EmbeddingTable(9, dim=3)}
     features = {
         "user": recblocks.IdFeature("user", num_unseen=2),
@@ -92,7 +92,7 @@ def fused_lookup(device, dtype, gradient):
     }
     # A rate of 0: what compares two gradients must find the same weights twice.
     return recblocks.FusedEmbeddingLookup(
-        tables, features, gradient=gradient, learning_rate=0, device=device, dtype=dtype
+        tables, features, gradient=gradient, learning_rate=0, backend=backend, device=device, dtype=dtype
     )
 
 
@@ -235,12 +235,17 @@ ENTRIES = [
     ),
     *(
         Entry(
-            f"FusedEmbeddingLookup {gradient}{', jagged' if jagged else ''}",
-            lambda device, dtype, gradient=gradient: fused_lookup(device, dtype, gradient),
+            f"FusedEmbeddingLookup {gradient} {backend}{', jagged' if jagged else ''}",
+            lambda device, dtype, given=(gradient, backend): fused_lookup(device, dtype, *given),
             lambda jagged=jagged: {"features": raw_ids(jagged=jagged)},
             not jagged,
         )
-        for gradient, jagged in [("dense", False), ("dense", True), ("rowwise_adagrad", False)]
+        for gradient, jagged, backend in [
+            ("dense", False, "auto"),
+            ("dense", True, "auto"),
+            ("rowwise_adagrad", False, "auto"),
+            ("dense", False, "reference"),
+        ]
     ),
     *(
         Entry(

@@ -11,7 +11,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 RANKS = 2
-NOT_FSDP = {"FusedEmbeddingLookup rowwise_adagrad"}  # its weights train themselves: what FSDP gathers is not kept
+NOT_FSDP = {"FusedEmbeddingLookup rowwise_adagrad auto"}  # its weights train themselves: what FSDP gathers is not kept
 
 
 def output_and_gradients(model, inputs):

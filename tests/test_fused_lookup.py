@@ -105,13 +105,21 @@ def make(gradient="dense", **options):
 # --- what it answers ---
 
 
-@given(drawn=batches(), known=batches(), gradient=st.sampled_from(["dense", "rowwise_adagrad"]), packed=st.booleans())
-def test_any_batch_gives_what_a_loop_over_its_ids_gives(drawn, known, gradient, packed):
+@given(
+    drawn=batches(),
+    known=batches(),
+    gradient=st.sampled_from(["dense", "rowwise_adagrad"]),
+    backend=st.sampled_from(["auto", "reference"]),
+    grad=st.booleans(),
+    packed=st.booleans(),
+)
+def test_any_batch_gives_what_a_loop_over_its_ids_gives(drawn, known, gradient, backend, grad, packed):
     batch, shape = drawn
-    lookup = make(gradient)
+    lookup = make(gradient, backend=backend)
     lookup.insert(tensors(*known))
     told_apart(lookup)
-    vectors = lookup(lookup.pack(tensors(batch, shape)) if packed else tensors(batch, shape))
+    with torch.set_grad_enabled(grad):
+        vectors = lookup(lookup.pack(tensors(batch, shape)) if packed else tensors(batch, shape))
     assert list(lookup.columns) == [name for name in FEATURES if name != "seen"]
     got = by_feature(lookup, vectors)
     assert vectors.pooled.shape == (len(batch["item"]), 16)
@@ -804,9 +812,11 @@ def random_bags(num_rows, seed):
 
 
 @pytest.mark.parametrize("gradient", ["dense", "rowwise_adagrad"])
-def test_one_compiled_lookup_takes_packed_batches_of_any_size(gradient):
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("grad", [True, False])
+def test_one_compiled_lookup_takes_packed_batches_of_any_size(gradient, backend, grad):
     torch.compiler.reset()
-    lookup = make(gradient, evict="least_used")
+    lookup = make(gradient, evict="least_used", backend=backend)
     compiled = torch.compile(lookup, backend="aot_eager", fullgraph=True, dynamic=True)
 
     def batch(num_rows):
@@ -816,8 +826,9 @@ def test_one_compiled_lookup_takes_packed_batches_of_any_size(gradient):
         seen = {"seen": torch.randint(-9, 9, (num_rows, 3), generator=generator)}
         return lookup.pack(ones | bags | seen)
 
-    compiled(batch(6))
-    with torch.compiler.set_stance("fail_on_recompile"):
+    with torch.set_grad_enabled(grad):
+        compiled(batch(6))
+    with torch.set_grad_enabled(grad), torch.compiler.set_stance("fail_on_recompile"):
         for num_rows in (5, 2, 9):
             packed = batch(num_rows)
             lookup.insert(packed)

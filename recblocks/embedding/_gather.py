@@ -51,7 +51,14 @@ def pool(weight: Tensor, offsets: Tensor, mode: str, rows: Tensor | None = None,
 
 
 def rows_of(groups: Sequence[Group], slots: Slots, places: Tensor, backend: str | None) -> Sequence[Tensor]:
-    """The rows of all ids, which are looked for in one go; places are (4, F), None is plain torch."""
+    """The rows of all ids, (B, F) or (N,) of each group, looked for in one go.
+
+    Args:
+        groups: of a batch.
+        slots: of the id table.
+        places: (4, F), what `lookup_rows` takes of each feature.
+        backend: None is plain torch.
+    """
 
     def look_up(ids: Tensor, feature: Tensor) -> Tensor:
         if backend is None:
@@ -60,9 +67,11 @@ def rows_of(groups: Sequence[Group], slots: Slots, places: Tensor, backend: str 
         return found
 
     if len(groups) == 1:
-        return [look_up(groups[0].ids, groups[0].feature)]
-    pieces = torch.split(look_up(*side_by_side(groups)), [group.ids.numel() for group in groups])
-    return [piece.view(group.ids.shape) for piece, group in zip(pieces, groups, strict=True)]
+        pieces = [look_up(groups[0].ids, groups[0].feature)]
+    else:
+        found = torch.split(look_up(*side_by_side(groups)), [group.ids.numel() for group in groups])
+        pieces = [piece.view(group.ids.shape) for piece, group in zip(found, groups, strict=True)]
+    return [piece.t() if group.kind == "one" else piece for piece, group in zip(pieces, groups, strict=True)]
 
 
 def kernel_vectors(
@@ -78,9 +87,10 @@ def kernel_vectors(
     found = []
     for group in groups:
         dim = str(layout.dim_of[group.names[0]])
-        scale, mean = scales.get(dim), group.kind == "mean"
         where = group.ids, group.feature, places, *slots
-        found.append(dispatch.lookup_vectors(*where, weights[dim], scale, group.offsets, mean, backend))
+        num_features = None if group.kind == "each" else len(group.names)
+        how = group.offsets, num_features, group.kind == "mean", backend
+        found.append(dispatch.lookup_vectors(*where, weights[dim], scales.get(dim), *how))
     return found
 
 

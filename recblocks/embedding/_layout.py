@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import operator
 from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,7 +16,9 @@ from recblocks import _checks
 from recblocks.embedding._id_table_state import MOST_ROWS
 
 Ids: TypeAlias = Tensor | tuple[Tensor, Tensor]
+_Kind: TypeAlias = Literal["one", "each", "sum", "mean"]
 _POOLINGS = ("sum", "mean", None)
+_DTYPE, _DEVICE, _SHAPE, _NDIM = map(operator.attrgetter, ("dtype", "device", "shape", "ndim"))
 
 
 class EmbeddingTable(NamedTuple):
@@ -50,15 +53,15 @@ class Vectors(NamedTuple):
 class Group(NamedTuple):
     """Features of one width that are pooled alike, their ids side by side."""
 
-    kind: Literal["one", "each", "sum", "mean"]
+    kind: _Kind
     """One id in each bag; ids without bags; bags that are pooled."""
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
     """Of the ids of each feature, where they are without bags."""
     ids: Tensor
-    """(B, F) one in each bag, else (N,), those of a feature behind those of the one before."""
+    """(F, B) one in each bag, else (N,), those of a feature behind those of the one before."""
     feature: Tensor
-    """(F,) or (N,) the number of each id's feature."""
+    """(F, 1) or (N,) the number of each id's feature."""
     offsets: Tensor | None
     """(F B + 1,) where the bags begin and the last one ends."""
 
@@ -96,6 +99,7 @@ class Layout:
         self.order = sorted(self.tables, key=lambda name: self.tables[name].dim)
         self.dims = sorted({one.dim for one in self.tables.values()})
         self.dim_of = {name: self.tables[one.table].dim for name, one in self.features.items()}
+        self._plain_kinds = [self._kinds(dict.fromkeys(features, single)) for single in (False, True)]
         self.pooled = [name for name, one in self.features.items() if one.pooling is not None]
         dims = [[name, one.dim] for name, one in self.tables.items()]
         self.made_for = json.dumps({"dims": dims, "features": [[name, *one] for name, one in self.features.items()]})
@@ -168,19 +172,27 @@ class Layout:
 
     def pack(self, features: Mapping[str, Ids], device: torch.device) -> PackedIds:
         """Lay a batch side by side."""
-        if not self._plainly_fits(features, device):
+        if self._plainly_fits(features, device):
+            kinds = self._plain_kinds[isinstance(next(iter(features.values())), Tensor)]
+        else:
             self._check(features, device)
-        kinds: dict[tuple[int, Literal["one", "each", "sum", "mean"]], list[str]] = {}
-        for name, one in self.features.items():
-            ids = features[name]
-            single = isinstance(ids, Tensor) and ids.ndim == 1
-            kind = "each" if one.pooling is None else "one" if single else one.pooling
-            kinds.setdefault((self.dim_of[name], kind), []).append(name)
-        groups = tuple(self._group(kind, names, features) for (_, kind), names in kinds.items())
+            kinds = self._kinds({name: isinstance(ids, Tensor) and ids.ndim == 1 for name, ids in features.items()})
+        groups = tuple(self._group(kind, names, features) for kind, names in kinds)
         return PackedIds(groups, self.made_for)
 
+    def _kinds(self, single: Mapping[str, bool]) -> list[tuple[_Kind, list[str]]]:
+        """The features of each group, where these have one id in each bag."""
+        kinds: dict[tuple[int, _Kind], list[str]] = {}
+        for name, one in self.features.items():
+            kind: _Kind = "each" if one.pooling is None else "one" if single[name] else one.pooling
+            kinds.setdefault((self.dim_of[name], kind), []).append(name)
+        return [(kind, names) for (_, kind), names in kinds.items()]
+
     def vectors(self, groups: Sequence[Group], found: Sequence[Tensor]) -> Vectors:
-        """Give each feature its own: (B, F, dim) of groups of one id each, (F B, dim) of bags, (N, dim) of each id."""
+        """Give each feature its own, of the vectors of each group.
+
+        These are (B, F, dim) of one id each, (B, F, dim) or (F B, dim) of bags, and (N, dim) of each id.
+        """
         unpooled: dict[str, Tensor] = {}
         pooled: dict[str, Tensor] = {}
         whole: Tensor | None = None
@@ -191,7 +203,7 @@ class Layout:
                 shaped = (one.view(*shape, dim) for one, shape in zip(flat, group.shapes, strict=True))
                 unpooled.update(zip(group.names, shaped, strict=True))
                 continue
-            if group.kind != "one":
+            if their.ndim == 2:
                 their = their.view(len(group.names), -1, dim).transpose(0, 1)
             if list(group.names) == self.pooled:
                 whole = their.flatten(1)
@@ -202,17 +214,16 @@ class Layout:
             whole = torch.cat(pieces, 1) if pieces else found[0].new_empty(0, 0)
         return Vectors(whole, {name: unpooled[name] for name, one in self.features.items() if one.pooling is None})
 
-    def _group(
-        self, kind: Literal["one", "each", "sum", "mean"], names: list[str], features: Mapping[str, Ids]
-    ) -> Group:
+    def _group(self, kind: _Kind, names: list[str], features: Mapping[str, Ids]) -> Group:
         given = [_parts(features[name]) for name in names]
         numbers = torch.arange(len(self.features), device=given[0][0].device)
         if len(names) < len(self.features):
             place = {name: number for number, name in enumerate(self.features)}
             numbers = torch.stack([numbers[place[name]] for name in names])
         if kind == "one":
-            return Group(kind, tuple(names), (), torch.stack([ids for ids, _ in given], 1), numbers, None)
-        every = torch.cat([ids.flatten() for ids, _ in given])
+            every = torch.cat([ids for ids, _ in given]).view(len(names), given[0][0].shape[0])
+            return Group(kind, tuple(names), (), every, numbers[:, None], None)
+        every = torch.cat([ids if ids.ndim == 1 else ids.flatten() for ids, _ in given])
         if kind == "each":
             shapes = tuple(tuple(ids.shape) for ids, _ in given)
             of = [number.expand(math.prod(shape)) for number, shape in zip(numbers, shapes, strict=True)]
@@ -230,28 +241,23 @@ class Layout:
             return False
         if features.keys() != self.features.keys():
             return False
-        given = list(features.values())
-        if all(isinstance(one, Tensor) for one in given):
-            kinds = {(one.dtype, one.device, one.shape) for one in given if isinstance(one, Tensor)}
-            (dtype, place, shape), *others = kinds
-            return not others and dtype == torch.int64 and place == device and len(shape) == 1
-        pairs = [one for one in given if isinstance(one, tuple) and len(one) == 2]
-        if len(pairs) < len(given) or len(self.pooled) < len(given):
+        given: list[Any] = list(features.values())
+        forms = set(map(type, given))
+        if forms == {Tensor}:
+            return _alike(given, device) and given[0].ndim == 1 and len(set(map(_SHAPE, given))) == 1
+        if forms != {tuple} or set(map(len, given)) != {2} or len(self.pooled) < len(given):
             return False
-        if not all(isinstance(one, Tensor) for pair in pairs for one in pair):
+        ids, offsets = zip(*given, strict=True)
+        every = *ids, *offsets
+        if set(map(type, every)) != {Tensor} or not _alike(every, device) or set(map(_NDIM, ids)) != {1}:
             return False
-        ids = {(one.dtype, one.device, one.ndim) for one, _ in pairs}
-        offsets = {(one.dtype, one.device, one.ndim, one.shape) for _, one in pairs}
-        wanted = (torch.int64, device, 1)
-        if ids != {wanted} or len(offsets) > 1 or next(iter(offsets))[:3] != wanted or not len(pairs[0][1]):
+        if len(set(map(_SHAPE, offsets))) > 1 or offsets[0].ndim != 1 or not offsets[0].shape[0]:
             return False
-        if {type(one) for _, one in pairs} != {Tensor}:
-            return False
-        if not _checks.readable(pairs[0][1]):
+        if not _checks.readable(offsets[0]):
             return True
-        every = torch.stack([one for _, one in pairs])
-        runs = (every[:, 0] == 0) & (every[:, -1] == torch.tensor([len(one) for one, _ in pairs], device=device))
-        return bool((runs & (every.diff(dim=1) >= 0).all(1)).all())
+        begins = torch.stack(offsets)
+        runs = (begins[:, 0] == 0) & (begins[:, -1] == torch.tensor([one.numel() for one in ids], device=device))
+        return bool(runs.all() & (begins[:, 1:] >= begins[:, :-1]).all())
 
     def _check(self, features: Mapping[str, Ids], device: torch.device) -> None:
         if not isinstance(features, Mapping):
@@ -292,6 +298,11 @@ def holds_all(state_dict: Mapping[str, object], wanted: Sequence[str]) -> bool:
     if absent and len(absent) < len(wanted):
         raise ValueError(f"state_dict must hold all of a lookup, got none of {', '.join(absent)}")
     return not absent
+
+
+def _alike(tensors: Sequence[Tensor], device: torch.device) -> bool:
+    """Whether all are int64 and on this device."""
+    return set(map(_DTYPE, tensors)) == {torch.int64} and set(map(_DEVICE, tensors)) == {device}
 
 
 def _parts(given: Ids) -> tuple[Tensor, Tensor | None]:

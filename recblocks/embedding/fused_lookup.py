@@ -72,7 +72,9 @@ class FusedEmbeddingLookup(nn.Module):
         gradient: "dense", "sparse", "sgd" or "rowwise_adagrad".
         learning_rate: η of the last two; a schedule writes into the buffer of this name.
         admit_after: like `IdTable`'s, and so are sketch, evict and seed.
-        backend: "auto" takes Triton's kernels on CUDA, where Triton is installed, and plain torch elsewhere.
+        backend: "auto" takes Triton's kernels on CUDA, where Triton is installed, C++ on a CPU, where there is a
+            compiler (it is built when it is first needed, in a second, and kept in the user's cache folder), and plain
+            torch elsewhere and for what is exported. "reference" is plain torch.
         generator: draws the first weights.
         device: where everything lives.
         dtype: the weights'.
@@ -116,7 +118,7 @@ class FusedEmbeddingLookup(nn.Module):
         sketch: CountMinSketch | None = None,
         evict: Literal["least_used"] | None = None,
         seed: int = 0,
-        backend: Literal["auto", "reference", "triton"] = "auto",
+        backend: Literal["auto", "reference", "cpp", "triton"] = "auto",
         generator: torch.Generator | None = None,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
@@ -346,7 +348,7 @@ class FusedEmbeddingLookup(nn.Module):
             if bags is not None:
                 shaped.append(pool(their, bags, group.kind))
             else:
-                shaped.append(their.view(*group.ids.shape, their.shape[1]))
+                shaped.append(their.view(*rows[at].shape, their.shape[1]))
         return shaped
 
     def _vectors(self, group: Group, rows: Tensor) -> Tensor:

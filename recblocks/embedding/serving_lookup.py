@@ -55,7 +55,9 @@ class ServingLookup(nn.Module):
     Args:
         lookup: what is served; it may go on training.
         dtype: of the rows: torch.float32, torch.float16, or torch.int8 with a scale a row, as `quantize_rows` makes.
-        backend: "auto" takes Triton's kernels on CUDA, where Triton is installed, and plain torch elsewhere.
+        backend: "auto" takes Triton's kernels on CUDA, where Triton is installed, C++ on a CPU, where there is a
+            compiler (it is built when it is first needed, in a second, and kept in the user's cache folder), and plain
+            torch elsewhere and for what is exported. "reference" is plain torch.
 
     Raises:
         TypeError, ValueError: for something else.
@@ -85,7 +87,7 @@ class ServingLookup(nn.Module):
         lookup: FusedEmbeddingLookup,
         *,
         dtype: torch.dtype = torch.float16,
-        backend: Literal["auto", "reference", "triton"] = "auto",
+        backend: Literal["auto", "reference", "cpp", "triton"] = "auto",
     ) -> None:
         super().__init__()
         _checks.choice("backend", backend, dispatch.BACKENDS)

@@ -355,8 +355,7 @@ class ShardableLookup(nn.Module):
             return torch.empty(0, 0, device=self.places.device, dtype=torch.float32)
         values, lengths = [], []
         for group, rows in groups:
-            one = group.kind == "one"
-            values.append(rows.t().flatten() if one else rows)
+            values.append(rows.t().flatten() if group.kind == "one" else rows)
             lengths.append(torch.ones_like(rows.flatten()) if group.offsets is None else group.offsets.diff())
         names = [name for group, _ in groups for name in group.names]
         found = self.bags(_jagged(names, torch.cat(values), torch.cat(lengths))).to_dict()

@@ -5,24 +5,43 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from recblocks import _checks
+from recblocks.kernels.dispatch import transformed
+from recblocks.kernels.fused_lookup import cpp
 
-BACKENDS = ("auto", "reference", "triton")
+BACKENDS = ("auto", "reference", "cpp", "triton")
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def resolve(backend: str, device: torch.device) -> str | None:
-    """Turn a ``backend=`` argument into the name of the backend that runs, None for plain torch."""
-    if backend == "reference" or (backend == "auto" and not (device.type == "cuda" and _HAS_TRITON)):
+    """Turn a ``backend=`` argument into the name of the backend that runs, None for plain torch.
+
+    "auto" takes Triton's kernels on CUDA and C++ on a CPU, where these are to be had, and plain torch elsewhere, inside
+    a torch.func transform, which the operators lack, and for what is exported, which then needs nothing but torch.
+
+    Raises:
+        ImportError, RuntimeError: for a backend that cannot be had.
+        ValueError: for "cpp" on another device.
+    """
+    if backend == "cpp":
+        if device.type not in ("cpu", "meta"):
+            raise ValueError(f"backend 'cpp' must run on a CPU, got {device}")
+        return backend
+    if backend == "triton":
+        if not _HAS_TRITON:
+            _checks.optional("triton", "pip install triton")
+        return backend
+    if backend == "reference" or torch.compiler.is_exporting() or transformed():
         return None
-    if not _HAS_TRITON:
-        _checks.optional("triton", "pip install triton")
-    return "triton"
+    if device.type == "cuda":
+        return "triton" if _HAS_TRITON else None
+    return "cpp" if device.type == "cpu" and cpp.is_available() else None
 
 
 @torch.library.custom_op("recblocks::fused_lookup_rows", mutates_args=())
@@ -36,10 +55,22 @@ def lookup_rows(
     begins: Tensor,
     backend: str,
 ) -> Tensor:
-    """(...) the rows of the weight; like `recblocks.embedding._gather.lookup_rows` with ``places[:, feature]``."""
+    """(...) the rows of the weight; like `recblocks.embedding._gather.lookup_rows` with ``places[:, feature]``.
+
+    Args:
+        ids: (...) int64, or (F, B).
+        feature: of as many numbers as there are ids, int64, or (F, 1).
+        places: (4, features) int64, what is taken there of each feature.
+        keys: (B, 8) int64.
+        rows: (B, 8) int32.
+        hashed: (3,) int64.
+        begins: (P + 1,) int64.
+        backend: what `resolve` says.
+    """
     found = torch.empty(ids.shape, dtype=torch.int64, device=ids.device)
     if ids.numel():
-        _kernels(backend).fill_rows(found, *_contiguous(ids, feature, places, keys, rows, hashed, begins))
+        given = _contiguous(ids, feature, places, keys, rows, hashed, begins)
+        _kernels(backend).fill_rows(found, *given, _repeat(ids, feature))
     return found
 
 
@@ -55,31 +86,34 @@ def lookup_vectors(
     weight: Tensor,
     scale: Tensor | None,
     offsets: Tensor | None,
+    num_features: int | None,
     mean: bool,
     backend: str,
 ) -> Tensor:
-    """(..., D) float32 vectors of the ids, or (bags, D) their sum or mean; no gradient.
+    """float32 vectors of the ids, or the sum or mean of each bag, (B, num_features, D) or (..., D); no gradient.
 
     Args:
         ids: (...) int64; (N,) with offsets.
-        feature: (F,) that broadcasts against ids, or (N,), int64.
-        places: (4, F) int64, what `recblocks.embedding._gather.lookup_rows` takes of each feature.
+        feature: of as many numbers as there are ids, int64, or (F, 1).
+        places: (4, features) int64.
         keys: (B, 8) int64.
         rows: (B, 8) int32.
         hashed: (3,) int64.
         begins: (P + 1,) int64.
         weight: (R, D) float32, float16, bfloat16 or int8.
         scale: (R,) float32, what each row is multiplied with.
-        offsets: (bags + 1,) int64, where the bags begin and the last one ends.
+        offsets: (num_features B + 1,) int64, where the bags begin and the last one ends.
+        num_features: the ids, or bags, of a feature stand behind those of the one before, and come out row by row;
+            None: ids come out as they stand.
         mean: instead of the sum.
         backend: what `resolve` says.
     """
-    shape = ids.shape if offsets is None else (offsets.shape[0] - 1,)
-    out = torch.empty((*shape, weight.shape[1]), dtype=torch.float32, device=ids.device)
+    out = _vectors_like(ids, weight, offsets, num_features)
     if out.numel():
         given = _contiguous(ids, feature, places, keys, rows, hashed, begins, weight)
         scale, offsets = (None if one is None else one.contiguous() for one in (scale, offsets))
-        _kernels(backend).fill_vectors(out, *given, scale, offsets, mean)
+        num_rows = 1 if num_features is None else out.shape[0]
+        _kernels(backend).fill_vectors(out, *given, scale, offsets, _repeat(ids, feature), num_rows, mean)
     return out
 
 
@@ -89,11 +123,20 @@ def _(ids: Tensor, *_: object) -> Tensor:
 
 
 @lookup_vectors.register_fake
-def _(ids: Tensor, *others: object) -> Tensor:
-    weight, _, offsets, *_ = others[6:]
-    assert isinstance(weight, Tensor)
-    shape = (offsets.shape[0] - 1,) if isinstance(offsets, Tensor) else ids.shape
+def _(ids: Tensor, *others: Any) -> Tensor:
+    weight, _, offsets, num_features = others[6:10]
+    return _vectors_like(ids, weight, offsets, num_features)
+
+
+def _vectors_like(ids: Tensor, weight: Tensor, offsets: Tensor | None, num_features: int | None) -> Tensor:
+    num = ids.numel() if offsets is None else offsets.shape[0] - 1
+    shape = ids.shape if num_features is None else (num // num_features, num_features)
     return torch.empty((*shape, weight.shape[1]), dtype=torch.float32, device=weight.device)
+
+
+def _repeat(ids: Tensor, feature: Tensor) -> int:
+    """How many ids, one after the other, each number of a feature is for."""
+    return ids.numel() // max(feature.numel(), 1) or 1
 
 
 def _kernels(backend: str) -> ModuleType:

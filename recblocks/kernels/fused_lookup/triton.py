@@ -76,7 +76,8 @@ def one_each(
     found,
     out,
     num_ids,
-    num_columns,
+    repeat,
+    num_rows,
     num_features,
     num_buckets,
     DIM: tl.constexpr,
@@ -85,10 +86,10 @@ def one_each(
     GATHERS: tl.constexpr,
     IDS: tl.constexpr,
 ):
-    """Some ids a program: their rows, and their vectors if those are asked for."""
+    """Some ids a program: their rows, and their vectors if those are asked for, those of a row side by side."""
     at = tl.program_id(0).to(tl.int64) * IDS + tl.arange(0, IDS)
     mask = at < num_ids
-    numbers = tl.load(feature + at % num_columns, mask, 0)
+    numbers = tl.load(feature + at // repeat, mask, 0)
     asked = tl.load(ids + at, mask, 0)
     row = _row_of(asked, numbers, mask, places, num_features, keys, rows, hashed, begins, num_buckets)
     tl.store(found + at, row, mask)
@@ -96,7 +97,8 @@ def one_each(
         vectors = _vectors_of(row, mask, weight, scale, DIM, WIDTH, SCALED)
         column = tl.arange(0, WIDTH)
         wanted = mask[:, None] & (column < DIM)[None, :]
-        tl.store(out + at[:, None] * DIM + column[None, :], vectors, wanted)
+        place = at % num_rows * (num_ids // num_rows) + at // num_rows
+        tl.store(out + place[:, None] * DIM + column[None, :], vectors, wanted)
 
 
 @triton.jit
@@ -112,6 +114,7 @@ def bags(
     scale,
     offsets,
     out,
+    num_rows,
     num_features,
     num_buckets,
     DIM: tl.constexpr,
@@ -120,7 +123,7 @@ def bags(
     MEAN: tl.constexpr,
     IDS: tl.constexpr,
 ):
-    """One bag a program: the sum or mean of its ids' vectors."""
+    """One bag a program: the sum or mean of its ids' vectors, the bags of a row side by side."""
     bag = tl.program_id(0).to(tl.int64)
     start, stop = tl.load(offsets + bag), tl.load(offsets + bag + 1)
     total = tl.zeros((WIDTH,), tl.float32)
@@ -135,16 +138,26 @@ def bags(
     if MEAN:
         total = total / tl.maximum(stop - start, 1).to(tl.float32)
     column = tl.arange(0, WIDTH)
-    tl.store(out + bag * DIM + column, total, column < DIM)
+    place = bag % num_rows * (tl.num_programs(0) // num_rows) + bag // num_rows
+    tl.store(out + place * DIM + column, total, column < DIM)
 
 
-def fill_rows(found: Tensor, ids: Tensor, feature: Tensor, places: Tensor, keys: Tensor, *slots: Tensor) -> None:
+def fill_rows(
+    found: Tensor,
+    ids: Tensor,
+    feature: Tensor,
+    places: Tensor,
+    keys: Tensor,
+    rows: Tensor,
+    hashed: Tensor,
+    begins: Tensor,
+    repeat: int,
+) -> None:
     """What `lookup_rows` gives, into ``found``; all are contiguous."""
-    table, sizes = (places, keys, *slots), sizes_of(1)
-    one_each[_grid(ids, sizes)](
-        ids, feature, *table, ids, ids, found, found, ids.numel(), feature.numel(), places.shape[1], keys.shape[0],
-        SCALED=False, GATHERS=False, **sizes,
-    )  # fmt: skip
+    sizes = sizes_of(1)
+    tensors = ids, feature, places, keys, rows, hashed, begins, ids, ids, found, found
+    numbers = ids.numel(), repeat, 1, places.shape[1], keys.shape[0]
+    one_each[_grid(ids, sizes)](*tensors, *numbers, SCALED=False, GATHERS=False, **sizes)
 
 
 def fill_vectors(
@@ -159,17 +172,19 @@ def fill_vectors(
     weight: Tensor,
     scale: Tensor | None,
     offsets: Tensor | None,
+    repeat: int,
+    num_rows: int,
     mean: bool,
 ) -> None:
-    """What `lookup_vectors` gives, into ``out``; all are contiguous."""
+    """What `lookup_vectors` gives, into ``out``, by rows; all are contiguous."""
     sizes: dict[str, Any] = {"SCALED": scale is not None, **sizes_of(weight.shape[1])}
     given = ids, feature, places, keys, rows, hashed, begins, weight, weight if scale is None else scale
-    numbers = places.shape[1], keys.shape[0]
+    numbers = num_rows, places.shape[1], keys.shape[0]
     if offsets is None:
         found = torch.empty(ids.shape, dtype=torch.int64, device=ids.device)
-        one_each[_grid(ids, sizes)](*given, found, out, ids.numel(), feature.numel(), *numbers, GATHERS=True, **sizes)
+        one_each[_grid(ids, sizes)](*given, found, out, ids.numel(), repeat, *numbers, GATHERS=True, **sizes)
     else:
-        bags[(out.shape[0],)](*given, offsets, out, *numbers, MEAN=mean, **sizes)
+        bags[(offsets.numel() - 1,)](*given, offsets, out, *numbers, MEAN=mean, **sizes)
 
 
 def sizes_of(dim: int) -> dict[str, int]:

@@ -1,0 +1,287 @@
+// Hash, probe and gather in one pass over the ids, for all features of a width; `cpp.py` builds and calls it.
+//
+// An id costs a cache line of keys, one of rows and one or more of the weight, all of them far away. So ids go by
+// blocks, and each step over a block asks for the lines that the next step reads: the waits for memory overlap.
+// Plain C++17 with no header of torch: it builds in a second, and what is built fits every version of torch.
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+namespace {
+
+constexpr int64_t BUCKET = 8;
+constexpr int64_t BLOCK = 64;        // ids at a time
+constexpr int64_t BAGS = 256;        // bags at a time
+constexpr int64_t THREAD_IDS = 512;  // ids that are worth a thread
+constexpr int64_t AHEAD = 256;       // bytes of a row that are asked for; the CPU itself reads on from there
+
+constexpr uint64_t GOLDEN = 0x9E3779B97F4A7C15, FIRST = 0xBF58476D1CE4E5B9;
+
+enum Wrong { NOTHING = 0, FEATURE = 1, OFFSETS = 2, ROW = 3 };
+
+struct Table {
+    const int64_t* places;  // (4, num_features): part, shift, first row for unseen ids, their number
+    int64_t num_features;
+    const int64_t* keys;    // (num_buckets, 8)
+    const int32_t* rows;    // (num_buckets, 8)
+    const int64_t* hashed;  // (3,)
+    const int64_t* begins;  // of each part
+    int64_t num_buckets;
+};
+
+struct Ids {
+    const int64_t* ids;
+    int64_t num_ids;
+    const int64_t* feature;  // each the number of so many ids one after the other
+    int64_t repeat;
+};
+
+struct Half {
+    uint16_t bits;
+};
+
+struct Bfloat {
+    uint16_t bits;
+};
+
+float as_float(float x) { return x; }
+
+float as_float(int8_t x) { return x; }
+
+float as_float(Bfloat x) {
+    const uint32_t bits = uint32_t(x.bits) << 16;
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+
+float as_float(Half x) {
+    constexpr uint32_t exponent = 0x7c00u << 13;
+    uint32_t bits = uint32_t(x.bits & 0x7fff) << 13;
+    const uint32_t own = bits & exponent;
+    bits += (127 - 15) << 23;
+    float value;
+    if (own == exponent) bits += (128 - 16) << 23;  // infinite or not a number
+    if (own == 0) {                                 // below the least normal number: what is behind the point alone
+        bits += 1 << 23;
+        constexpr uint32_t least = 113u << 23;
+        float point;
+        std::memcpy(&point, &least, 4);
+        std::memcpy(&value, &bits, 4);
+        value -= point;
+        std::memcpy(&bits, &value, 4);
+    }
+    bits |= uint32_t(x.bits & 0x8000) << 16;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+
+uint64_t mix(uint64_t x) {
+    x = (x ^ (x >> 32)) * FIRST;
+    return x ^ (x >> 29);
+}
+
+int64_t share(uint64_t low_32, int64_t of) { return int64_t(low_32 * uint64_t(of) >> 32); }
+
+int64_t slot_in(int64_t bucket, uint64_t hash, const Table& table) {
+    const int64_t* keys = table.keys + bucket * BUCKET;
+    int found = -1;
+    for (int slot = 0; slot < BUCKET; ++slot) found = uint64_t(keys[slot]) == hash ? slot : found;
+    return found < 0 ? -1 : bucket * BUCKET + found;
+}
+
+// The rows of the weight for up to BLOCK ids; `recblocks.embedding._gather.lookup_rows` is the definition.
+Wrong look_up(const Table& table, const Ids& given, int64_t begin, int64_t count, int64_t* found) {
+    uint64_t hash[BLOCK];
+    int64_t feature[BLOCK], at[BLOCK];
+    const int64_t* place[4];
+    for (int field = 0; field < 4; ++field) place[field] = table.places + field * table.num_features;
+
+    const int64_t* number = given.feature + begin / given.repeat;
+    int64_t left = given.repeat - begin % given.repeat;
+    for (int64_t i = 0; i < count; ++i) {
+        feature[i] = *number;
+        if (--left == 0) {
+            ++number;
+            left = given.repeat;
+        }
+        if (feature[i] < 0 || feature[i] >= table.num_features) return FEATURE;
+        const uint64_t mixed = mix(uint64_t(given.ids[begin + i]) + uint64_t(table.hashed[0]));
+        hash[i] = (mixed + uint64_t(place[0][feature[i]]) * uint64_t(table.hashed[2])) * uint64_t(table.hashed[1]);
+        at[i] = share(hash[i] >> 32, table.num_buckets);
+        __builtin_prefetch(table.keys + at[i] * BUCKET);
+    }
+    for (int64_t i = 0; i < count; ++i) {
+        at[i] = slot_in(at[i], hash[i], table);
+        if (at[i] < 0) __builtin_prefetch(table.keys + share(uint32_t(hash[i]), table.num_buckets) * BUCKET);
+        else __builtin_prefetch(table.rows + at[i]);
+    }
+    for (int64_t i = 0; i < count; ++i) {
+        if (at[i] < 0) at[i] = slot_in(share(uint32_t(hash[i]), table.num_buckets), hash[i], table);
+        const int64_t row = at[i] < 0 ? -1 : table.rows[at[i]], part = place[0][feature[i]];
+        if (row >= 0 && row >= table.begins[part] && row < table.begins[part + 1]) {
+            found[i] = row + place[1][feature[i]];
+        } else {
+            const uint64_t drawn = mix(uint64_t(given.ids[begin + i]) + GOLDEN) * FIRST >> 32;
+            found[i] = place[2][feature[i]] + share(drawn, place[3][feature[i]]);
+        }
+    }
+    return NOTHING;
+}
+
+template <class Element>
+struct Weight {
+    const Element* rows;  // (num_rows, dim)
+    int64_t num_rows, dim;
+    const float* scale;  // (num_rows,), or null
+
+    Wrong ask_for(const int64_t* row, int64_t count) const {
+        for (int64_t i = 0; i < count; ++i) {
+            if (row[i] < 0 || row[i] >= num_rows) return ROW;
+            const char* first = reinterpret_cast<const char*>(rows + row[i] * dim);
+            const int64_t bytes = std::min<int64_t>(dim * sizeof(Element), AHEAD);
+            for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(first + byte);
+        }
+        return NOTHING;
+    }
+
+    template <class Put>
+    void each(int64_t row, Put put) const {
+        const Element* given = rows + row * dim;
+        const float by = scale ? scale[row] : 1.0f;
+        for (int64_t column = 0; column < dim; ++column) put(column, as_float(given[column]) * by);
+    }
+
+    void copy(int64_t row, float* out) const {
+        if (std::is_same<Element, float>::value && !scale) std::memcpy(out, rows + row * dim, dim * sizeof(float));
+        else each(row, [out](int64_t column, float value) { out[column] = value; });
+    }
+
+    void add(int64_t row, float* out) const {
+        each(row, [out](int64_t column, float value) { out[column] += value; });
+    }
+};
+
+template <class Element>
+Wrong look_up_vectors(const Table& table, const Ids& given, const Weight<Element>& weight, int64_t begin, int64_t count,
+                      int64_t* row) {
+    const Wrong wrong = look_up(table, given, begin, count, row);
+    return wrong ? wrong : weight.ask_for(row, count);
+}
+
+// What comes in a feature after the other, so many rows of each, comes out a row after the other.
+struct Order {
+    int64_t num_rows, num_features;
+};
+
+class Place {
+public:
+    Place(const Order& order, int64_t at) : order(order), line(at % order.num_rows), column(at / order.num_rows) {}
+
+    int64_t operator*() const { return line * order.num_features + column; }
+
+    void operator++() {
+        if (++line == order.num_rows) {
+            line = 0;
+            ++column;
+        }
+    }
+
+private:
+    Order order;
+    int64_t line, column;
+};
+
+template <class Element>
+Wrong one_each(const Table& table, const Ids& given, const Weight<Element>& weight, const Order& order, int64_t begin,
+               float* out) {
+    int64_t row[BLOCK];
+    const int64_t count = std::min(BLOCK, given.num_ids - begin);
+    const Wrong wrong = look_up_vectors(table, given, weight, begin, count, row);
+    if (wrong) return wrong;
+    Place place(order, begin);
+    for (int64_t i = 0; i < count; ++i, ++place) weight.copy(row[i], out + *place * weight.dim);
+    return NOTHING;
+}
+
+struct Bags {
+    const int64_t* offsets;  // (num_features * num_rows + 1,)
+    bool mean;
+
+    int64_t size(int64_t bag) const { return offsets[bag + 1] - offsets[bag]; }
+};
+
+// Bags first to last - 1; an id is added where it stands in the order of its bag.
+template <class Element>
+Wrong pool(const Table& table, const Ids& given, const Weight<Element>& weight, const Order& order, const Bags& bags,
+           int64_t first, int64_t last, float* out) {
+    const int64_t dim = weight.dim;
+    Place place(order, first);
+    for (int64_t bag = first; bag < last; ++bag, ++place) {
+        if (bags.offsets[bag] < 0 || bags.size(bag) < 0 || bags.offsets[bag + 1] > given.num_ids) return OFFSETS;
+        std::fill_n(out + *place * dim, dim, 0.0f);
+    }
+    int64_t row[BLOCK], bag = first;
+    const int64_t end = bags.offsets[last];
+    place = Place(order, first);
+    for (int64_t begin = bags.offsets[first]; begin < end; begin += BLOCK) {
+        const int64_t count = std::min(BLOCK, end - begin);
+        const Wrong wrong = look_up_vectors(table, given, weight, begin, count, row);
+        if (wrong) return wrong;
+        for (int64_t i = 0; i < count; ++i) {
+            for (; begin + i >= bags.offsets[bag + 1]; ++bag) ++place;
+            weight.add(row[i], out + *place * dim);
+        }
+    }
+    place = Place(order, first);
+    for (bag = first; bags.mean && bag < last; ++bag, ++place) {
+        const float size = float(std::max<int64_t>(bags.size(bag), 1));
+        for (int64_t at = *place * dim; at < (*place + 1) * dim; ++at) out[at] /= size;
+    }
+    return NOTHING;
+}
+
+// Run of 0, step, 2 step ... below end, by as many threads as the ids are worth; the worst of what it says.
+template <class Run>
+int in_steps(int64_t end, int64_t step, int64_t num_ids, int64_t num_threads, Run run) {
+    const int threads = int(std::min(num_threads, 1 + num_ids / THREAD_IDS));
+    int wrong = NOTHING;
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(dynamic, 4) reduction(max : wrong)
+    for (int64_t begin = 0; begin < end; begin += step) wrong = std::max(wrong, int(run(begin)));
+    return wrong;
+}
+
+template <class Element>
+int fill(float* out, const Ids& given, const Table& table, const void* rows, int64_t num_rows, int64_t dim,
+         const float* scale, const Order& order, const Bags& bags, int64_t num_threads) {
+    const Weight<Element> weight{static_cast<const Element*>(rows), num_rows, dim, scale};
+    if (!bags.offsets) {
+        return in_steps(given.num_ids, BLOCK, given.num_ids, num_threads,
+                        [&](int64_t begin) { return one_each(table, given, weight, order, begin, out); });
+    }
+    const int64_t num_bags = order.num_rows * order.num_features;
+    return in_steps(num_bags, BAGS, given.num_ids, num_threads, [&](int64_t first) {
+        return pool(table, given, weight, order, bags, first, std::min(first + BAGS, num_bags), out);
+    });
+}
+
+}  // namespace
+
+extern "C" int fill_rows(int64_t* found, const Ids* given, const Table* table, int64_t num_threads) {
+    return in_steps(given->num_ids, BLOCK, given->num_ids, num_threads, [&](int64_t begin) {
+        return look_up(*table, *given, begin, std::min(BLOCK, given->num_ids - begin), found + begin);
+    });
+}
+
+extern "C" int fill_vectors(float* out, const Ids* given, const Table* table, const void* rows, int64_t element,
+                            int64_t num_rows, int64_t dim, const float* scale, const int64_t* offsets,
+                            int64_t num_rows_out, int64_t num_features, int64_t mean, int64_t num_threads) {
+    const auto fill_of = element == 0   ? fill<float>
+                         : element == 1 ? fill<Half>
+                         : element == 2 ? fill<Bfloat>
+                                        : fill<int8_t>;
+    const Order order{num_rows_out, num_features};
+    return fill_of(out, *given, *table, rows, num_rows, dim, scale, order, Bags{offsets, mean != 0}, num_threads);
+}

@@ -1,0 +1,442 @@
+"""The kernels of the fused lookup against plain torch: C++ on a CPU; Triton on a GPU, or else in its interpreter."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from lookups import FEATURES, TABLES
+from torch.nn import functional
+
+from recblocks import EmbeddingTable, FusedEmbeddingLookup, IdFeature, ServingLookup
+from recblocks.embedding._gather import lookup_rows
+from recblocks.kernels.fused_lookup import cpp, dispatch
+
+DEVICES = {"cpp": "cpu", "triton": "cuda" if torch.cuda.is_available() else "cpu"}
+LOWEST, HIGHEST = -(2**63), 2**63 - 1
+HAVE = {"cpp": cpp.compiler() is not None, "triton": importlib.util.find_spec("triton") is not None}
+
+
+@pytest.fixture(params=["cpp", "triton"])
+def backend(request):
+    if not HAVE[request.param]:
+        pytest.skip("needs a C++ compiler" if request.param == "cpp" else "needs triton")
+    return request.param
+
+
+@pytest.fixture
+def device(backend):
+    return DEVICES[backend]
+
+
+@pytest.fixture(autouse=True)
+def _poison(monkeypatch):
+    """What a kernel does not write is not zero by luck."""
+    empty = torch.empty
+
+    def poisoned(*args, **options):
+        tensor = empty(*args, **options)
+        if tensor.is_meta:
+            return tensor
+        return tensor.fill_(float("nan") if tensor.is_floating_point() else -12345)
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+
+
+def make(dim, device, num_tables=3, **options):
+    """Tables of which each is nearly full, some ids erased; each of its features has other rows for unseen ids."""
+    tables = {f"t{at}": EmbeddingTable(31 + 2 * at, dim) for at in range(num_tables)}
+    features = {f"f{at}": IdFeature(f"t{at % num_tables}", num_unseen=1 + at) for at in range(num_tables + 2)}
+    lookup = FusedEmbeddingLookup(tables, features, generator=torch.Generator().manual_seed(0), **options)
+    ids = torch.cat([torch.tensor([LOWEST, HIGHEST, -1]), torch.arange(27)])
+    lookup.insert(dict.fromkeys(features, ids))
+    lookup.erase("t0", torch.tensor([3, -1]))
+    return lookup.to(device)
+
+
+def some_ids(device, *shape, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(-3, 40, shape, generator=generator)
+    extreme = torch.randint(0, 9, shape, generator=generator)
+    return torch.where(extreme == 0, LOWEST, torch.where(extreme == 1, HIGHEST, ids)).to(device)
+
+
+def features_of(lookup, *shape):
+    generator = torch.Generator().manual_seed(2)
+    return torch.randint(len(lookup.layout.features), shape, generator=generator).to(lookup.places.device)
+
+
+@pytest.mark.parametrize("num_tables", [1, 3])
+@pytest.mark.parametrize("num_rows", [1, 2, 13, 32])
+def test_rows_are_those_of_plain_torch(backend, device, num_tables, num_rows):
+    lookup = make(4, device, num_tables)
+    num_features = len(lookup.layout.features)
+    ids, feature = some_ids(device, num_features, num_rows), torch.arange(num_features, device=device)[:, None]
+    want = lookup_rows(ids, lookup.table.slots, lookup.places[:, feature])
+    assert len(want.unique()) > min(num_rows, 2) * num_features - 2
+    given = lookup.places, *lookup.table.slots
+    assert torch.equal(dispatch.lookup_rows(ids, feature, *given, backend), want)
+    each = feature.expand_as(ids).flatten()
+    assert torch.equal(dispatch.lookup_rows(ids.flatten(), each, *given, backend), want.flatten())
+    strided = ids.repeat_interleave(2, 1)[:, ::2]
+    assert not strided.is_contiguous() or num_rows == 1
+    places = lookup.places.t().contiguous().t()
+    assert torch.equal(dispatch.lookup_rows(strided, feature, places, *lookup.table.slots, backend), want)
+
+
+@pytest.mark.parametrize("dim", [1, 3, 8, 17, 100])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.int8])
+def test_vectors_and_bags_are_those_of_plain_torch(backend, device, dim, dtype):
+    lookup = make(dim, device)
+    num_ids, slots = 61, lookup.table.slots
+    ids, feature = some_ids(device, num_ids), features_of(lookup, num_ids)
+    rows = lookup_rows(ids, slots, lookup.places[:, feature])
+    weight, scale = (100 * lookup.weights[str(dim)].detach()).to(dtype), None
+    want = weight.float()
+    if dtype == torch.int8:
+        scale = torch.rand(len(weight), generator=torch.Generator().manual_seed(3)).to(device)
+        want = want * scale[:, None]
+    given = ids, feature, lookup.places, *slots, weight, scale
+    assert torch.equal(dispatch.lookup_vectors(*given, None, None, False, backend), want[rows])
+    offsets = torch.tensor([0, 0, 1, 1, 9, 20, 44, 61, 61], device=device)
+    for mode in ("sum", "mean"):
+        bags = functional.embedding_bag(rows, want, offsets, mode=mode, include_last_offset=True)
+        for num_features in (1, 2, 8):
+            got = dispatch.lookup_vectors(*given, offsets, num_features, mode == "mean", backend)
+            by_row = bags.view(num_features, -1, dim).transpose(0, 1)
+            # Up to 24 numbers below 127 are added in another order: 24 roundings of at most 3000 by 2**-24.
+            torch.testing.assert_close(got, by_row, rtol=0, atol=5e-3 if dtype == torch.int8 else 5e-4)
+
+
+@pytest.mark.parametrize("num_rows", [1, 7, 64, 65, 200])
+def test_one_id_each_comes_out_row_by_row(backend, device, num_rows):
+    lookup = make(5, device)
+    num_features = len(lookup.layout.features)
+    ids, feature = some_ids(device, num_features, num_rows), torch.arange(num_features, device=device)[:, None]
+    weight = lookup.weights["5"].detach()
+    given = ids, feature, lookup.places, *lookup.table.slots, weight
+    got = dispatch.lookup_vectors(*given, None, None, num_features, False, backend)
+    rows = lookup_rows(ids, lookup.table.slots, lookup.places[:, feature])
+    assert torch.equal(got, weight[rows].transpose(0, 1))
+
+
+def test_no_ids_and_no_bags_give_nothing(backend, device):
+    lookup = make(5, device)
+    nothing = torch.empty(0, dtype=torch.int64, device=device)
+    given = nothing, nothing, lookup.places, *lookup.table.slots
+    assert dispatch.lookup_rows(*given, backend).shape == (0,)
+    given = *given, lookup.weights["5"].detach(), None
+    assert dispatch.lookup_vectors(*given, None, None, False, backend).shape == (0, 5)
+    assert dispatch.lookup_vectors(*given, None, 3, False, backend).shape == (0, 3, 5)
+    begin = torch.zeros(1, dtype=torch.int64, device=device)
+    assert dispatch.lookup_vectors(*given, begin, 3, False, backend).shape == (0, 3, 5)
+    only_empty = torch.zeros(4, dtype=torch.int64, device=device)
+    got = dispatch.lookup_vectors(*given, only_empty, 3, True, backend)
+    assert torch.equal(got, torch.zeros(1, 3, 5, device=device))
+
+
+# --- the Modules ---
+
+
+def batch(device="cpu"):
+    features = {
+        "user": torch.arange(-4, 3),
+        "item": torch.arange(7),
+        "liked": torch.arange(14).view(7, 2),
+        "tags": (torch.arange(6), torch.tensor([0, 0, 1, 3, 3, 4, 6, 6])),
+        "seen": torch.arange(12).view(3, 4),
+    }
+    return {
+        name: tuple(one.to(device) for one in ids) if isinstance(ids, tuple) else ids.to(device)
+        for name, ids in features.items()
+    }
+
+
+def trained(backend, device, gradient="dense", **options):
+    generator = torch.Generator(device).manual_seed(0)
+    lookup = FusedEmbeddingLookup(
+        TABLES, FEATURES, backend=backend, gradient=gradient, generator=generator, device=device, **options
+    )
+    lookup.insert(batch(device), generator=generator)
+    return lookup
+
+
+@pytest.mark.parametrize("gradient", ["dense", "sparse", "sgd", "rowwise_adagrad"])
+def test_a_lookup_gives_and_learns_the_same_with_either_backend(backend, device, gradient):
+    lookups = [trained(one, device, gradient, learning_rate=0.5) for one in (backend, "reference")]
+    for _ in range(2):
+        with torch.no_grad():
+            got, want = (lookup(batch(device)) for lookup in lookups)
+        # Bags of two: a sum in another order rounds the same, a mean once more.
+        torch.testing.assert_close(got.pooled, want.pooled, rtol=0, atol=1e-6)
+        assert torch.equal(got.unpooled["seen"], want.unpooled["seen"])
+        for lookup in lookups:
+            vectors = lookup(batch(device))
+            (vectors.pooled.square().sum() + vectors.unpooled["seen"].sum()).backward()
+            if gradient in ("dense", "sparse"):
+                torch.optim.SGD(lookup.parameters(), lr=0.5).step()
+    one, other = lookups
+    for name, weight in one.weights.items():
+        torch.testing.assert_close(weight, other.weights[name], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_vectors_have_the_dtype_of_the_weights(backend, device, dtype):
+    lookups = [trained(one, device, dtype=dtype) for one in (backend, "reference")]
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            got, want = (lookup(batch(device)) for lookup in lookups)
+        assert got.pooled.dtype == got.unpooled["seen"].dtype == dtype
+        assert torch.equal(got.unpooled["seen"], want.unpooled["seen"])
+        # Bags of two: sums that are rounded to the weights' dtype once or twice, of numbers below 1.
+        torch.testing.assert_close(got.pooled, want.pooled, rtol=0, atol=4 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int8])
+def test_a_served_lookup_gives_the_same_with_either_backend(backend, device, dtype):
+    lookup = trained("reference", device)
+    got, want = (ServingLookup(lookup, dtype=dtype, backend=one)(batch(device)) for one in (backend, "reference"))
+    torch.testing.assert_close(got.pooled, want.pooled, rtol=0, atol=1e-6)
+    torch.testing.assert_close(got.unpooled["seen"], want.unpooled["seen"], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_compiled_lookup_keeps_the_kernels_in_one_graph(backend, device, grad):
+    torch.compiler.reset()
+    lookup, operations = trained(backend, device), set()
+
+    def look(graph, _):
+        operations.update(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph.forward
+
+    compiled = torch.compile(lookup, backend=look, fullgraph=True)
+    with torch.set_grad_enabled(grad):
+        packed = lookup.pack(batch(device))
+        got, want = compiled(packed).pooled, lookup(batch(device)).pooled
+    assert torch.equal(got, want)
+    name = "fused_lookup_rows" if grad else "fused_lookup_vectors"
+    assert any(name in one for one in operations)
+
+
+def test_the_operators_pass_torch_s_own_check(backend, device):
+    lookup = trained(backend, device)
+    for group in lookup.pack(batch(device)).groups:
+        given = group.ids, group.feature, lookup.places, *lookup.table.slots
+        torch.library.opcheck(dispatch.lookup_rows, (*given, backend))
+        weight = lookup.weights[str(lookup.layout.dim_of[group.names[0]])].detach()
+        num_features = None if group.kind == "each" else len(group.names)
+        how = group.offsets, num_features, False, backend
+        torch.library.opcheck(dispatch.lookup_vectors, (*given, weight, None, *how))
+
+
+# --- Triton ---
+
+
+COMPILING = """
+import os, re, subprocess, sys, tempfile
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from recblocks.kernels.fused_lookup import triton as kernel
+
+TYPES = dict.fromkeys(("num_ids", "repeat", "num_rows", "num_features", "num_buckets"), "i32")
+TYPES |= {"rows": "*i32", "scale": "*fp32", "out": "*fp32"}
+ptxas = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "ptxas")
+for function, own in ((kernel.one_each, {"GATHERS": True}), (kernel.bags, {"MEAN": True})):
+    for weight, scaled in (("*fp32", False), ("*fp16", False), ("*bf16", False), ("*i8", True)):
+        for dim in (1, 32, 96, 300):
+            fixed = {"SCALED": scaled, **kernel.sizes_of(dim), **own}
+            names = function.arg_names
+            types = {name: "constexpr" if name in fixed else TYPES.get(name, "*i64") for name in names}
+            constants = {(names.index(name),): value for name, value in fixed.items()}
+            source = ASTSource(fn=function, signature=types | {"weight": weight}, constexprs=constants)
+            compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32))
+            with tempfile.TemporaryDirectory() as folder:
+                path = os.path.join(folder, "kernel.ptx")
+                with open(path, "w") as file:
+                    file.write(compiled.asm["ptx"])
+                command = [ptxas, "-v", "--gpu-name", "sm_90a", path, "-o", os.path.join(folder, "kernel.cubin")]
+                said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+            spilled = re.findall(r"(\\d+) bytes spill (?:stores|loads)", said)
+            print(function.__name__, weight, dim, *spilled)
+"""
+
+
+def test_triton_s_kernels_build_for_a_hopper_gpu_and_spill_nothing(tmp_path):
+    pytest.importorskip("triton")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    # From a file: Triton reads the source of what it compiles, and of a -c there is none to read.
+    path = tmp_path / "compiling.py"
+    path.write_text(COMPILING)
+    said = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, check=True, env=environment)
+    lines = said.stdout.splitlines()
+    assert len(lines) == 32
+    assert all(line.endswith(" 0 0") for line in lines)
+
+
+# --- C++ ---
+
+needs_compiler = pytest.mark.skipif(not HAVE["cpp"], reason="needs a C++ compiler")
+
+
+def halves():
+    """Every float16 there is, (64, 1024)."""
+    return torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.float16).view(64, 1024)
+
+
+@needs_compiler
+def test_every_half_float_is_read_as_what_it_is():
+    lookup = FusedEmbeddingLookup({"t": EmbeddingTable(64, 1024)}, {"f": IdFeature("t")})
+    ids = torch.arange(64)
+    lookup.insert({"f": ids})
+    rows = lookup_rows(ids, lookup.table.slots, lookup.places)
+    weight = torch.zeros(65, 1024, dtype=torch.float16)
+    weight[rows] = halves()
+    feature = torch.zeros(1, 1, dtype=torch.int64)
+    given = ids[None], feature, lookup.places, *lookup.table.slots, weight, None, None, 1, False, "cpp"
+    got = dispatch.lookup_vectors(*given)[:, 0]
+    torch.testing.assert_close(got, halves().float(), rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(got.signbit(), halves().float().signbit())
+
+
+@needs_compiler
+def test_any_number_of_threads_gives_the_same():
+    lookup = make(5, "cpu")
+    ids, feature = some_ids("cpu", 5000), features_of(lookup, 5000)
+    sizes = torch.randint(0, 5, (2000,), generator=torch.Generator().manual_seed(4))
+    offsets = functional.pad(sizes.cumsum(0).clamp(max=5000), (1, 0))
+    given = ids, feature, lookup.places, *lookup.table.slots
+    weight = lookup.weights["5"].detach()
+    found = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        try:
+            found.append(dispatch.lookup_rows(*given, "cpp"))
+            found.append(dispatch.lookup_vectors(*given, weight, None, None, None, False, "cpp"))
+            found.append(dispatch.lookup_vectors(*given, weight, None, offsets, 4, True, "cpp"))
+        finally:
+            torch.set_num_threads(1)
+    for kind in range(3):
+        assert torch.equal(found[kind], found[kind + 3])
+        assert torch.equal(found[kind], found[kind + 6])
+    assert torch.equal(found[0], lookup_rows(ids, lookup.table.slots, lookup.places[:, feature]))
+
+
+@needs_compiler
+@pytest.mark.parametrize("offsets", [[0, 3, 2, 4], [-1, 2, 3, 4], [0, 2, 3, 5], [0, 2, 3, LOWEST]])
+def test_bags_that_are_none_are_refused_and_nothing_else_is_read(offsets):
+    lookup = make(5, "cpu")
+    given = some_ids("cpu", 4), features_of(lookup, 4), lookup.places, *lookup.table.slots, lookup.weights["5"].detach()
+    with pytest.raises(ValueError, match="offsets must ascend"):
+        dispatch.lookup_vectors(*given, None, torch.tensor(offsets), 1, False, "cpp")
+
+
+@needs_compiler
+def test_numbers_and_rows_out_of_range_are_refused():
+    lookup = make(5, "cpu")
+    ids, weight = torch.arange(4), lookup.weights["5"].detach()
+    given = lookup.places, *lookup.table.slots
+    for number in (-1, 5):
+        feature = torch.tensor([0, 1, number, 2])
+        with pytest.raises(IndexError, match="feature must be numbers of features"):
+            dispatch.lookup_rows(ids, feature, *given, "cpp")
+        with pytest.raises(IndexError, match="feature must be numbers of features"):
+            dispatch.lookup_vectors(ids, feature, *given, weight, None, None, None, False, "cpp")
+    feature = torch.arange(4)
+    rows = dispatch.lookup_rows(ids, feature, *given, "cpp")
+    fewer = weight[: int(rows.max())]
+    for offsets in (None, torch.tensor([0, 4])):
+        with pytest.raises(IndexError, match="places must name rows that the weight has"):
+            dispatch.lookup_vectors(
+                ids, feature, *given, fewer, None, offsets, None if offsets is None else 1, False, "cpp"
+            )
+
+
+@needs_compiler
+def test_c_plus_plus_runs_on_a_cpu_only():
+    assert dispatch.resolve("cpp", torch.device("cpu")) == dispatch.resolve("auto", torch.device("cpu")) == "cpp"
+    with pytest.raises(ValueError, match=r"backend 'cpp' must run on a CPU, got cuda:0"):
+        dispatch.resolve("cpp", torch.device("cuda:0"))
+
+
+def test_what_is_exported_needs_torch_alone():
+    lookup = trained("auto", "cpu")
+    given = {"user": torch.arange(7), **{name: ids for name, ids in batch().items() if name != "user"}}
+    exported = torch.export.export(ServingLookup(lookup), (given,))
+    assert not [node for node in exported.graph.nodes if "recblocks" in str(node.target)]
+
+
+LOOKING_UP = """
+import warnings, torch, recblocks
+from recblocks.kernels.fused_lookup import dispatch
+warnings.simplefilter("always")
+tables, features = {"t": recblocks.EmbeddingTable(9, 2)}, {"f": recblocks.IdFeature("t")}
+lookup = recblocks.FusedEmbeddingLookup(tables, features, backend=BACKEND)
+ids = torch.arange(5)
+lookup.insert({"f": ids})
+with torch.no_grad():
+    got = lookup({"f": ids}).pooled
+lookup.backend = "reference"
+assert torch.equal(got, lookup({"f": ids}).pooled)
+print(dispatch.resolve("auto", ids.device))
+"""
+
+
+def look_up(cache, backend="auto", **environment):
+    """What a new process says that looks something up, with an empty cache folder unless it is given one."""
+    own = {name: value for name, value in os.environ.items() if name != "CXX"} | {"XDG_CACHE_HOME": str(cache)}
+    code = LOOKING_UP.replace("BACKEND", repr(backend))
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=own | environment)
+
+
+def compiler_that(path, does):
+    """A command that is run in the place of the compiler."""
+    path.write_text(f"#!/bin/sh\n{does}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+@needs_compiler
+def test_it_is_built_once_a_user(tmp_path):
+    command = compiler_that(tmp_path / "c++", f'echo built >> {tmp_path}/log; exec {cpp.compiler()[0]} "$@"')
+    for _ in range(2):
+        done = look_up(tmp_path, CXX=command)
+        assert (done.stdout.split(), done.stderr) == (["cpp"], "")
+    assert (tmp_path / "log").read_text().split() == ["built"]
+    assert [path.suffix for path in (tmp_path / "recblocks").iterdir()] == [".so"]
+
+
+@needs_compiler
+def test_a_compiler_without_openmp_and_a_cache_that_cannot_be_written_will_do(tmp_path):
+    without = f'case "$*" in *-fopenmp*) exit 1;; esac; exec {cpp.compiler()[0]} "$@"'
+    blocked = tmp_path / "blocked"
+    blocked.write_text("a file, where there ought to be a folder")
+    done = look_up(blocked, CXX=compiler_that(tmp_path / "c++", without))
+    assert (done.stdout.split(), done.stderr) == (["cpp"], "")
+
+
+def test_without_a_compiler_it_is_plain_torch(tmp_path):
+    done = look_up(tmp_path, PATH=str(tmp_path))
+    assert (done.stdout.split(), done.stderr) == (["None"], "")
+    done = look_up(tmp_path, backend="cpp", PATH=str(tmp_path))
+    assert "RuntimeError: backend 'cpp' needs a C++ compiler: install g++ or clang++" in done.stderr
+
+
+@pytest.mark.parametrize("command", ["/no/such/compiler", "false"])
+def test_a_compiler_that_fails_is_warned_of_once(tmp_path, command):
+    done = look_up(tmp_path, CXX=command)
+    assert done.stdout.split() == ["None"]
+    assert done.stderr.count(f"RuntimeWarning: ids are looked up in plain torch, as {command}") == 1
+    assert not list(tmp_path.rglob("*.so*"))
+
+
+@needs_compiler
+def test_processes_that_build_at_once_do_not_disturb_each_other(tmp_path):
+    own = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
+    command = [sys.executable, "-c", LOOKING_UP.replace("BACKEND", "'cpp'")]
+    running = [subprocess.Popen(command, env=own, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(4)]
+    assert [one.communicate() for one in running] == [(b"cpp\n", b"")] * 4
+    assert len(list((tmp_path / "recblocks").iterdir())) == 1
