@@ -98,13 +98,17 @@ def test_vectors_and_bags_are_those_of_plain_torch(backend, device, dim, dtype):
     if dtype == torch.int8:
         scale = torch.rand(len(weight), generator=torch.Generator().manual_seed(3)).to(device)
         want = want * scale[:, None]
-    given = ids, feature, lookup.places, *slots, weight, scale
-    assert torch.equal(dispatch.lookup_vectors(*given, None, None, False, backend), want[rows])
+    given = lookup.places, *slots, weight, scale
+    assert torch.equal(dispatch.lookup_vectors(ids, feature, *given, None, None, False, backend), want[rows])
     offsets = torch.tensor([0, 0, 1, 1, 9, 20, 44, 61, 61], device=device)
-    for mode in ("sum", "mean"):
-        bags = functional.embedding_bag(rows, want, offsets, mode=mode, include_last_offset=True)
-        for num_features in (1, 2, 8):
-            got = dispatch.lookup_vectors(*given, offsets, num_features, mode == "mean", backend)
+    for num_features in (1, 2, 4, 8):
+        numbers = features_of(lookup, num_features, 1)
+        of_bags = numbers.expand(-1, 8 // num_features).flatten()
+        rows = lookup_rows(ids, slots, lookup.places[:, of_bags.repeat_interleave(offsets.diff())])
+        for mode in ("sum", "mean"):
+            how = offsets, num_features, mode == "mean", backend
+            got = dispatch.lookup_vectors(ids, numbers, *given, *how)
+            bags = functional.embedding_bag(rows, want, offsets, mode=mode, include_last_offset=True)
             by_row = bags.view(num_features, -1, dim).transpose(0, 1)
             # Up to 24 numbers below 127 are added in another order: 24 roundings of at most 3000 by 2**-24.
             torch.testing.assert_close(got, by_row, rtol=0, atol=5e-3 if dtype == torch.int8 else 5e-4)
@@ -124,17 +128,33 @@ def test_one_id_each_comes_out_row_by_row(backend, device, num_rows):
 
 def test_no_ids_and_no_bags_give_nothing(backend, device):
     lookup = make(5, device)
-    nothing = torch.empty(0, dtype=torch.int64, device=device)
-    given = nothing, nothing, lookup.places, *lookup.table.slots
-    assert dispatch.lookup_rows(*given, backend).shape == (0,)
-    given = *given, lookup.weights["5"].detach(), None
-    assert dispatch.lookup_vectors(*given, None, None, False, backend).shape == (0, 5)
-    assert dispatch.lookup_vectors(*given, None, 3, False, backend).shape == (0, 3, 5)
+    nothing, numbers = torch.empty(0, dtype=torch.int64, device=device), torch.arange(3, device=device)[:, None]
+    for feature in (nothing, numbers):
+        given = nothing, feature, lookup.places, *lookup.table.slots
+        assert dispatch.lookup_rows(*given, backend).shape == (0,)
+        given = *given, lookup.weights["5"].detach(), None
+        assert dispatch.lookup_vectors(*given, None, None, False, backend).shape == (0, 5)
+        assert dispatch.lookup_vectors(*given, None, 3, False, backend).shape == (0, 3, 5)
     begin = torch.zeros(1, dtype=torch.int64, device=device)
     assert dispatch.lookup_vectors(*given, begin, 3, False, backend).shape == (0, 3, 5)
     only_empty = torch.zeros(4, dtype=torch.int64, device=device)
     got = dispatch.lookup_vectors(*given, only_empty, 3, True, backend)
     assert torch.equal(got, torch.zeros(1, 3, 5, device=device))
+
+
+def test_features_that_do_not_share_ids_or_bags_alike_are_refused(backend, device):
+    lookup = make(5, device)
+    ids, weight = torch.arange(5, device=device), lookup.weights["5"].detach()
+    given, numbers = (lookup.places, *lookup.table.slots), torch.arange(2, device=device)[:, None]
+    with pytest.raises(ValueError, match="feature must have a number for so many of 5 each, got 2"):
+        dispatch.lookup_rows(ids, numbers, *given, backend)
+    with pytest.raises(ValueError, match="feature must have a number for so many of 5 each, got 2"):
+        dispatch.lookup_vectors(ids, numbers, *given, weight, None, None, 2, False, backend)
+    with pytest.raises(ValueError, match="feature must have a number for so many of 3 each, got 2"):
+        dispatch.lookup_vectors(ids, numbers, *given, weight, None, ids[:4], 2, False, backend)
+    for feature, offsets in ((ids * 0, None), (numbers[:1], ids[:4])):
+        with pytest.raises(ValueError, match="num_features must divide the ids, or bags, got 2"):
+            dispatch.lookup_vectors(ids, feature, *given, weight, None, offsets, 2, False, backend)
 
 
 # --- the Modules ---
@@ -316,7 +336,8 @@ def test_any_number_of_threads_gives_the_same():
         try:
             found.append(dispatch.lookup_rows(*given, "cpp"))
             found.append(dispatch.lookup_vectors(*given, weight, None, None, None, False, "cpp"))
-            found.append(dispatch.lookup_vectors(*given, weight, None, offsets, 4, True, "cpp"))
+            bags = ids, torch.arange(4)[:, None], *given[2:], weight, None, offsets, 4, True, "cpp"
+            found.append(dispatch.lookup_vectors(*bags))
         finally:
             torch.set_num_threads(1)
     for kind in range(3):
@@ -329,7 +350,8 @@ def test_any_number_of_threads_gives_the_same():
 @pytest.mark.parametrize("offsets", [[0, 3, 2, 4], [-1, 2, 3, 4], [0, 2, 3, 5], [0, 2, 3, LOWEST]])
 def test_bags_that_are_none_are_refused_and_nothing_else_is_read(offsets):
     lookup = make(5, "cpu")
-    given = some_ids("cpu", 4), features_of(lookup, 4), lookup.places, *lookup.table.slots, lookup.weights["5"].detach()
+    feature, weight = torch.tensor([[3]]), lookup.weights["5"].detach()
+    given = some_ids("cpu", 4), feature, lookup.places, *lookup.table.slots, weight
     with pytest.raises(ValueError, match="offsets must ascend"):
         dispatch.lookup_vectors(*given, None, torch.tensor(offsets), 1, False, "cpp")
 
@@ -345,14 +367,12 @@ def test_numbers_and_rows_out_of_range_are_refused():
             dispatch.lookup_rows(ids, feature, *given, "cpp")
         with pytest.raises(IndexError, match="feature must be numbers of features"):
             dispatch.lookup_vectors(ids, feature, *given, weight, None, None, None, False, "cpp")
-    feature = torch.arange(4)
+    feature = torch.tensor([[4]])
     rows = dispatch.lookup_rows(ids, feature, *given, "cpp")
     fewer = weight[: int(rows.max())]
     for offsets in (None, torch.tensor([0, 4])):
         with pytest.raises(IndexError, match="places must name rows that the weight has"):
-            dispatch.lookup_vectors(
-                ids, feature, *given, fewer, None, offsets, None if offsets is None else 1, False, "cpp"
-            )
+            dispatch.lookup_vectors(ids, feature, *given, fewer, None, offsets, 1, False, "cpp")
 
 
 @needs_compiler

@@ -67,7 +67,7 @@ def rows_of(groups: Sequence[Group], slots: Slots, places: Tensor, backend: str 
         return found
 
     if len(groups) == 1:
-        pieces = [look_up(groups[0].ids, groups[0].feature)]
+        pieces = [look_up(groups[0].ids, groups[0].numbers())]
     else:
         found = torch.split(look_up(*side_by_side(groups)), [group.ids.numel() for group in groups])
         pieces = [piece.view(group.ids.shape) for piece, group in zip(found, groups, strict=True)]
@@ -97,7 +97,7 @@ def kernel_vectors(
 def side_by_side(groups: Sequence[Group]) -> tuple[Tensor, Tensor]:
     """All ids and the feature of each, (N,)."""
     ids = torch.cat([group.ids.flatten() for group in groups])
-    return ids, torch.cat([group.feature.expand_as(group.ids).flatten() for group in groups])
+    return ids, torch.cat([group.numbers().expand_as(group.ids).flatten() for group in groups])
 
 
 def without_row(groups: Sequence[Group], table: IdTable, places: Tensor) -> tuple[Tensor, Tensor]:

@@ -61,9 +61,17 @@ class Group(NamedTuple):
     ids: Tensor
     """(F, B) one in each bag, else (N,), those of a feature behind those of the one before."""
     feature: Tensor
-    """(F, 1) or (N,) the number of each id's feature."""
+    """(F, 1) the number of each feature; (N,) of each id's, where they are without bags."""
     offsets: Tensor | None
     """(F B + 1,) where the bags begin and the last one ends."""
+    sizes: Tensor | None
+    """(F,) how many ids are in the bags of each feature."""
+
+    def numbers(self) -> Tensor:
+        """The number of each id's feature, which broadcasts against the ids."""
+        if self.sizes is None:
+            return self.feature
+        return torch.repeat_interleave(self.feature.flatten(), self.sizes, output_size=self.ids.shape[0])
 
 
 class PackedIds(NamedTuple):
@@ -99,6 +107,7 @@ class Layout:
         self.order = sorted(self.tables, key=lambda name: self.tables[name].dim)
         self.dims = sorted({one.dim for one in self.tables.values()})
         self.dim_of = {name: self.tables[one.table].dim for name, one in self.features.items()}
+        self._place = {name: number for number, name in enumerate(self.features)}
         self._plain_kinds = [self._kinds(dict.fromkeys(features, single)) for single in (False, True)]
         self.pooled = [name for name, one in self.features.items() if one.pooling is not None]
         dims = [[name, one.dim] for name, one in self.tables.items()]
@@ -172,12 +181,11 @@ class Layout:
 
     def pack(self, features: Mapping[str, Ids], device: torch.device) -> PackedIds:
         """Lay a batch side by side."""
-        if self._plainly_fits(features, device):
-            kinds = self._plain_kinds[isinstance(next(iter(features.values())), Tensor)]
-        else:
+        groups = self._plain_groups(features, device)
+        if groups is None:
             self._check(features, device)
             kinds = self._kinds({name: isinstance(ids, Tensor) and ids.ndim == 1 for name, ids in features.items()})
-        groups = tuple(self._group(kind, names, features) for kind, names in kinds)
+            groups = tuple(self._group(kind, names, features) for kind, names in kinds)
         return PackedIds(groups, self.made_for)
 
     def _kinds(self, single: Mapping[str, bool]) -> list[tuple[_Kind, list[str]]]:
@@ -216,48 +224,61 @@ class Layout:
 
     def _group(self, kind: _Kind, names: list[str], features: Mapping[str, Ids]) -> Group:
         given = [_parts(features[name]) for name in names]
-        numbers = torch.arange(len(self.features), device=given[0][0].device)
-        if len(names) < len(self.features):
-            place = {name: number for number, name in enumerate(self.features)}
-            numbers = torch.stack([numbers[place[name]] for name in names])
-        if kind == "one":
-            every = torch.cat([ids for ids, _ in given]).view(len(names), given[0][0].shape[0])
-            return Group(kind, tuple(names), (), every, numbers[:, None], None)
-        every = torch.cat([ids if ids.ndim == 1 else ids.flatten() for ids, _ in given])
+        ids = [one if one.ndim == 1 else one.flatten() for one, _ in given]
         if kind == "each":
-            shapes = tuple(tuple(ids.shape) for ids, _ in given)
+            shapes = tuple(tuple(one.shape) for one, _ in given)
+            numbers = self._numbers(names, ids[0].device)
             of = [number.expand(math.prod(shape)) for number, shape in zip(numbers, shapes, strict=True)]
-            return Group(kind, tuple(names), shapes, every, torch.cat(of), None)
-        offsets = torch.stack([_offsets(*one) for one in given])
+            return Group(kind, tuple(names), shapes, torch.cat(ids), torch.cat(of), None, None)
+        return self._bags(kind, names, ids, None if kind == "one" else torch.stack([_offsets(*one) for one in given]))
+
+    def _bags(self, kind: _Kind, names: list[str], ids: list[Tensor], offsets: Tensor | None) -> Group:
+        """Features that pool; offsets are (F, B + 1), None is one id in each bag."""
+        every, numbers = torch.cat(ids), self._numbers(names, ids[0].device)
+        if offsets is None:
+            whole = every.view(len(names), ids[0].shape[0])
+            return Group(kind, tuple(names), (), whole, numbers, None, None)
         sizes = offsets[:, -1]
         begins = (sizes.cumsum(0) - sizes)[:, None] + offsets[:, :-1]
-        feature = torch.repeat_interleave(numbers, sizes, output_size=every.shape[0])
-        whole = torch.cat([begins.flatten(), every.new_full((1,), every.shape[0])])
-        return Group(kind, tuple(names), (), every, feature, whole)
+        flat = torch.cat([begins.flatten(), every.new_full((1,), every.shape[0])])
+        return Group(kind, tuple(names), (), every, numbers, flat, sizes)
 
-    def _plainly_fits(self, features: Mapping[str, Ids], device: torch.device) -> bool:
-        """Whether hundreds of features, all alike, are seen to be right at once; else each is looked at."""
+    def _numbers(self, names: list[str], device: torch.device) -> Tensor:
+        """(F, 1) the numbers of these features."""
+        numbers = torch.arange(len(self.features), device=device)[:, None]
+        if len(names) == len(self.features):
+            return numbers
+        return torch.cat([numbers[self._place[name]] for name in names])[:, None]
+
+    def _plain_groups(self, features: Mapping[str, Ids], device: torch.device) -> tuple[Group, ...] | None:
+        """Of hundreds of features, all given alike, that are seen to be right at once; None: each must be looked at."""
         if torch.compiler.is_compiling() or not isinstance(features, Mapping):
-            return False
-        if features.keys() != self.features.keys():
-            return False
-        given: list[Any] = list(features.values())
-        forms = set(map(type, given))
-        if forms == {Tensor}:
-            return _alike(given, device) and given[0].ndim == 1 and len(set(map(_SHAPE, given))) == 1
-        if forms != {tuple} or set(map(len, given)) != {2} or len(self.pooled) < len(given):
-            return False
-        ids, offsets = zip(*given, strict=True)
-        every = *ids, *offsets
-        if set(map(type, every)) != {Tensor} or not _alike(every, device) or set(map(_NDIM, ids)) != {1}:
-            return False
-        if len(set(map(_SHAPE, offsets))) > 1 or offsets[0].ndim != 1 or not offsets[0].shape[0]:
-            return False
-        if not _checks.readable(offsets[0]):
-            return True
-        begins = torch.stack(offsets)
-        runs = (begins[:, 0] == 0) & (begins[:, -1] == torch.tensor([one.numel() for one in ids], device=device))
-        return bool(runs.all() & (begins[:, 1:] >= begins[:, :-1]).all())
+            return None
+        if features.keys() != self.features.keys() or len(self.pooled) < len(self.features):
+            return None
+        given: list[Any] = [features[name] for name in self.features]
+        ids, offsets = given, None
+        if set(map(type, given)) == {tuple} and set(map(len, given)) == {2}:
+            ids, offsets = map(list, zip(*given, strict=True))
+        every = ids if offsets is None else (*ids, *offsets)
+        alike = ids if offsets is None else offsets
+        if set(map(type, every)) != {Tensor} or set(map(_DTYPE, every)) != {torch.int64}:
+            return None
+        if set(map(_DEVICE, every)) != {device} or len(set(map(_SHAPE, alike))) > 1 or alike[0].ndim != 1:
+            return None
+        begins = None
+        if offsets is not None:
+            if set(map(_NDIM, ids)) != {1} or not offsets[0].shape[0]:
+                return None
+            begins = torch.stack(offsets)
+            if _checks.readable(begins) and not _run(begins, ids):
+                return None
+        groups = []
+        for kind, names in self._plain_kinds[offsets is None]:
+            at = [self._place[name] for name in names]
+            own = begins if begins is None or len(at) == len(given) else begins[at]
+            groups.append(self._bags(kind, names, [ids[one] for one in at], own))
+        return tuple(groups)
 
     def _check(self, features: Mapping[str, Ids], device: torch.device) -> None:
         if not isinstance(features, Mapping):
@@ -300,9 +321,11 @@ def holds_all(state_dict: Mapping[str, object], wanted: Sequence[str]) -> bool:
     return not absent
 
 
-def _alike(tensors: Sequence[Tensor], device: torch.device) -> bool:
-    """Whether all are int64 and on this device."""
-    return set(map(_DTYPE, tensors)) == {torch.int64} and set(map(_DEVICE, tensors)) == {device}
+def _run(begins: Tensor, ids: Sequence[Tensor]) -> bool:
+    """Whether the offsets of each feature, (F, B + 1), run from 0 to as many ids as it has, and never back."""
+    ends = torch.tensor([one.numel() for one in ids], device=begins.device)
+    runs = (begins[:, 0] == 0) & (begins[:, -1] == ends)
+    return bool(runs.all() & (begins[:, 1:] >= begins[:, :-1]).all())
 
 
 def _parts(given: Ids) -> tuple[Tensor, Tensor | None]:

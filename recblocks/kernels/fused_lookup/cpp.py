@@ -56,6 +56,15 @@ class _Ids(ctypes.Structure):
     )
 
 
+class _Out(ctypes.Structure):
+    _fields_ = (
+        ("vectors", ctypes.c_void_p),
+        ("num_rows", ctypes.c_int64),
+        ("num_features", ctypes.c_int64),
+        ("dim", ctypes.c_int64),
+    )
+
+
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def is_available() -> bool:
     """Whether it is built, or can be and is now; a compiler that fails is warned of, once."""
@@ -144,17 +153,19 @@ def fill_vectors(
 ) -> None:
     """What `lookup_vectors` gives, into ``out``, by rows; all are contiguous."""
     given = _given(ids, feature, repeat), _table(places, keys, rows, hashed, begins)
-    described = weight.data_ptr(), _ELEMENTS.index(weight.dtype), *weight.shape, _pointer(scale)
-    wanted = _pointer(offsets), num_rows, out.numel() // (num_rows * weight.shape[1]), mean
-    _check(library().fill_vectors(out.data_ptr(), *given, *described, *wanted, torch.get_num_threads()))
+    num_columns = out.numel() // (num_rows * weight.shape[1])
+    where = _Out(out.data_ptr(), num_rows, num_columns, weight.shape[1])
+    rows_of = weight.data_ptr(), _ELEMENTS.index(weight.dtype), weight.shape[0], _pointer(scale)
+    _check(library().fill_vectors(where, *given, *rows_of, _pointer(offsets), mean, torch.get_num_threads()))
 
 
 def _load(path: pathlib.Path) -> ctypes.CDLL:
     built = ctypes.CDLL(str(path))
-    pointer, number, ids, table = ctypes.c_void_p, ctypes.c_int64, ctypes.POINTER(_Ids), ctypes.POINTER(_Table)
-    built.fill_rows.argtypes = [pointer, ids, table, number]
-    weight, bags = (pointer, number, number, number, pointer), (pointer, number, number, number)
-    built.fill_vectors.argtypes = [pointer, ids, table, *weight, *bags, number]
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    given = ctypes.POINTER(_Ids), ctypes.POINTER(_Table)
+    built.fill_rows.argtypes = [pointer, *given, number]
+    weight, bags = (pointer, number, number, pointer), (pointer, number)
+    built.fill_vectors.argtypes = [ctypes.POINTER(_Out), *given, *weight, *bags, number]
     return built
 
 

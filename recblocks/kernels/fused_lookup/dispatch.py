@@ -94,7 +94,7 @@ def lookup_vectors(
 
     Args:
         ids: (...) int64; (N,) with offsets.
-        feature: of as many numbers as there are ids, int64, or (F, 1).
+        feature: as `lookup_rows` takes it, int64; (num_features, 1) with offsets.
         places: (4, features) int64.
         keys: (B, 8) int64.
         rows: (B, 8) int32.
@@ -107,13 +107,20 @@ def lookup_vectors(
             None: ids come out as they stand.
         mean: instead of the sum.
         backend: what `resolve` says.
+
+    Raises:
+        ValueError: ids, or bags, that are no whole number for each feature.
     """
     out = _vectors_like(ids, weight, offsets, num_features)
     if out.numel():
         given = _contiguous(ids, feature, places, keys, rows, hashed, begins, weight)
         scale, offsets = (None if one is None else one.contiguous() for one in (scale, offsets))
-        num_rows = 1 if num_features is None else out.shape[0]
-        _kernels(backend).fill_vectors(out, *given, scale, offsets, _repeat(ids, feature), num_rows, mean)
+        repeat = _repeat(ids, feature) if offsets is None else _repeat(offsets[1:], feature)
+        if num_features is None:
+            num_rows = 1
+        elif (num_rows := out.shape[0]) * num_features != (ids.numel() if offsets is None else offsets.numel() - 1):
+            raise ValueError(f"num_features must divide the ids, or bags, got {num_features}")
+        _kernels(backend).fill_vectors(out, *given, scale, offsets, repeat, num_rows, mean)
     return out
 
 
@@ -134,9 +141,12 @@ def _vectors_like(ids: Tensor, weight: Tensor, offsets: Tensor | None, num_featu
     return torch.empty((*shape, weight.shape[1]), dtype=torch.float32, device=weight.device)
 
 
-def _repeat(ids: Tensor, feature: Tensor) -> int:
-    """How many ids, one after the other, each number of a feature is for."""
-    return ids.numel() // max(feature.numel(), 1) or 1
+def _repeat(given: Tensor, feature: Tensor) -> int:
+    """How many ids, or bags, one after the other, each number of a feature is for."""
+    repeat, rest = divmod(given.numel(), max(feature.numel(), 1))
+    if rest:
+        raise ValueError(f"feature must have a number for so many of {given.numel()} each, got {feature.numel()}")
+    return repeat or 1
 
 
 def _kernels(backend: str) -> ModuleType:

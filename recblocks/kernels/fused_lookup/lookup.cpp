@@ -34,7 +34,7 @@ struct Table {
 struct Ids {
     const int64_t* ids;
     int64_t num_ids;
-    const int64_t* feature;  // each the number of so many ids one after the other
+    const int64_t* feature;  // each the number of so many ids or bags one after the other
     int64_t repeat;
 };
 
@@ -93,22 +93,15 @@ int64_t slot_in(int64_t bucket, uint64_t hash, const Table& table) {
 }
 
 // The rows of the weight for up to BLOCK ids; `recblocks.embedding._gather.lookup_rows` is the definition.
-Wrong look_up(const Table& table, const Ids& given, int64_t begin, int64_t count, int64_t* found) {
+Wrong look_up(const Table& table, const int64_t* ids, const int64_t* feature, int64_t count, int64_t* found) {
     uint64_t hash[BLOCK];
-    int64_t feature[BLOCK], at[BLOCK];
+    int64_t at[BLOCK];
     const int64_t* place[4];
     for (int field = 0; field < 4; ++field) place[field] = table.places + field * table.num_features;
 
-    const int64_t* number = given.feature + begin / given.repeat;
-    int64_t left = given.repeat - begin % given.repeat;
     for (int64_t i = 0; i < count; ++i) {
-        feature[i] = *number;
-        if (--left == 0) {
-            ++number;
-            left = given.repeat;
-        }
         if (feature[i] < 0 || feature[i] >= table.num_features) return FEATURE;
-        const uint64_t mixed = mix(uint64_t(given.ids[begin + i]) + uint64_t(table.hashed[0]));
+        const uint64_t mixed = mix(uint64_t(ids[i]) + uint64_t(table.hashed[0]));
         hash[i] = (mixed + uint64_t(place[0][feature[i]]) * uint64_t(table.hashed[2])) * uint64_t(table.hashed[1]);
         at[i] = share(hash[i] >> 32, table.num_buckets);
         __builtin_prefetch(table.keys + at[i] * BUCKET);
@@ -124,11 +117,37 @@ Wrong look_up(const Table& table, const Ids& given, int64_t begin, int64_t count
         if (row >= 0 && row >= table.begins[part] && row < table.begins[part + 1]) {
             found[i] = row + place[1][feature[i]];
         } else {
-            const uint64_t drawn = mix(uint64_t(given.ids[begin + i]) + GOLDEN) * FIRST >> 32;
+            const uint64_t drawn = mix(uint64_t(ids[i]) + GOLDEN) * FIRST >> 32;
             found[i] = place[2][feature[i]] + share(drawn, place[3][feature[i]]);
         }
     }
     return NOTHING;
+}
+
+// Counts up numbers that stand for so many things each, one after the other.
+class Walk {
+public:
+    Walk(int64_t repeat, int64_t begin) : number(begin / repeat), passed(begin % repeat), repeat(repeat) {}
+
+    void operator++() {
+        if (++passed == repeat) {
+            passed = 0;
+            ++number;
+        }
+    }
+
+    int64_t number, passed;
+
+private:
+    int64_t repeat;
+};
+
+// The same for ids that each number of a feature stands for so many of.
+Wrong look_up(const Table& table, const Ids& given, int64_t begin, int64_t count, int64_t* found) {
+    int64_t feature[BLOCK] = {};
+    Walk walk(given.repeat, begin);
+    for (int64_t i = 0; i < count; ++i, ++walk) feature[i] = given.feature[walk.number];
+    return look_up(table, given.ids + begin, feature, count, found);
 }
 
 template <class Element>
@@ -164,45 +183,23 @@ struct Weight {
     }
 };
 
-template <class Element>
-Wrong look_up_vectors(const Table& table, const Ids& given, const Weight<Element>& weight, int64_t begin, int64_t count,
-                      int64_t* row) {
-    const Wrong wrong = look_up(table, given, begin, count, row);
-    return wrong ? wrong : weight.ask_for(row, count);
-}
+// Where vectors are put: what comes in a feature after the other, so many rows of each, comes out by rows.
+struct Out {
+    float* vectors;
+    int64_t num_rows, num_features, dim;
 
-// What comes in a feature after the other, so many rows of each, comes out a row after the other.
-struct Order {
-    int64_t num_rows, num_features;
-};
-
-class Place {
-public:
-    Place(const Order& order, int64_t at) : order(order), line(at % order.num_rows), column(at / order.num_rows) {}
-
-    int64_t operator*() const { return line * order.num_features + column; }
-
-    void operator++() {
-        if (++line == order.num_rows) {
-            line = 0;
-            ++column;
-        }
-    }
-
-private:
-    Order order;
-    int64_t line, column;
+    float* at(const Walk& walk) const { return vectors + (walk.passed * num_features + walk.number) * dim; }
 };
 
 template <class Element>
-Wrong one_each(const Table& table, const Ids& given, const Weight<Element>& weight, const Order& order, int64_t begin,
-               float* out) {
+Wrong one_each(const Table& table, const Ids& given, const Weight<Element>& weight, int64_t begin, const Out& out) {
     int64_t row[BLOCK];
     const int64_t count = std::min(BLOCK, given.num_ids - begin);
-    const Wrong wrong = look_up_vectors(table, given, weight, begin, count, row);
+    Wrong wrong = look_up(table, given, begin, count, row);
+    if (!wrong) wrong = weight.ask_for(row, count);
     if (wrong) return wrong;
-    Place place(order, begin);
-    for (int64_t i = 0; i < count; ++i, ++place) weight.copy(row[i], out + *place * weight.dim);
+    Walk walk(out.num_rows, begin);
+    for (int64_t i = 0; i < count; ++i, ++walk) weight.copy(row[i], out.at(walk));
     return NOTHING;
 }
 
@@ -215,30 +212,34 @@ struct Bags {
 
 // Bags first to last - 1; an id is added where it stands in the order of its bag.
 template <class Element>
-Wrong pool(const Table& table, const Ids& given, const Weight<Element>& weight, const Order& order, const Bags& bags,
-           int64_t first, int64_t last, float* out) {
-    const int64_t dim = weight.dim;
-    Place place(order, first);
-    for (int64_t bag = first; bag < last; ++bag, ++place) {
+Wrong pool(const Table& table, const Ids& given, const Weight<Element>& weight, const Bags& bags, int64_t first,
+           int64_t last, const Out& out) {
+    Walk walk(out.num_rows, first);
+    for (int64_t bag = first; bag < last; ++bag, ++walk) {
         if (bags.offsets[bag] < 0 || bags.size(bag) < 0 || bags.offsets[bag + 1] > given.num_ids) return OFFSETS;
-        std::fill_n(out + *place * dim, dim, 0.0f);
+        std::fill_n(out.at(walk), out.dim, 0.0f);
     }
-    int64_t row[BLOCK], bag = first;
+    int64_t feature[BLOCK], row[BLOCK], bag = first;
+    float* sum[BLOCK];
     const int64_t end = bags.offsets[last];
-    place = Place(order, first);
+    Walk numbers(given.repeat, first);
+    walk = Walk(out.num_rows, first);
     for (int64_t begin = bags.offsets[first]; begin < end; begin += BLOCK) {
         const int64_t count = std::min(BLOCK, end - begin);
-        const Wrong wrong = look_up_vectors(table, given, weight, begin, count, row);
-        if (wrong) return wrong;
         for (int64_t i = 0; i < count; ++i) {
-            for (; begin + i >= bags.offsets[bag + 1]; ++bag) ++place;
-            weight.add(row[i], out + *place * dim);
+            for (; begin + i >= bags.offsets[bag + 1]; ++bag, ++walk) ++numbers;
+            feature[i] = given.feature[numbers.number];
+            sum[i] = out.at(walk);
         }
+        Wrong wrong = look_up(table, given.ids + begin, feature, count, row);
+        if (!wrong) wrong = weight.ask_for(row, count);
+        if (wrong) return wrong;
+        for (int64_t i = 0; i < count; ++i) weight.add(row[i], sum[i]);
     }
-    place = Place(order, first);
-    for (bag = first; bags.mean && bag < last; ++bag, ++place) {
+    walk = Walk(out.num_rows, first);
+    for (bag = first; bags.mean && bag < last; ++bag, ++walk) {
         const float size = float(std::max<int64_t>(bags.size(bag), 1));
-        for (int64_t at = *place * dim; at < (*place + 1) * dim; ++at) out[at] /= size;
+        for (int64_t column = 0; column < out.dim; ++column) out.at(walk)[column] /= size;
     }
     return NOTHING;
 }
@@ -254,16 +255,16 @@ int in_steps(int64_t end, int64_t step, int64_t num_ids, int64_t num_threads, Ru
 }
 
 template <class Element>
-int fill(float* out, const Ids& given, const Table& table, const void* rows, int64_t num_rows, int64_t dim,
-         const float* scale, const Order& order, const Bags& bags, int64_t num_threads) {
-    const Weight<Element> weight{static_cast<const Element*>(rows), num_rows, dim, scale};
+int fill(const Out& out, const Ids& given, const Table& table, const void* rows, int64_t num_rows, const float* scale,
+         const Bags& bags, int64_t num_threads) {
+    const Weight<Element> weight{static_cast<const Element*>(rows), num_rows, out.dim, scale};
     if (!bags.offsets) {
         return in_steps(given.num_ids, BLOCK, given.num_ids, num_threads,
-                        [&](int64_t begin) { return one_each(table, given, weight, order, begin, out); });
+                        [&](int64_t begin) { return one_each(table, given, weight, begin, out); });
     }
-    const int64_t num_bags = order.num_rows * order.num_features;
+    const int64_t num_bags = out.num_rows * out.num_features;
     return in_steps(num_bags, BAGS, given.num_ids, num_threads, [&](int64_t first) {
-        return pool(table, given, weight, order, bags, first, std::min(first + BAGS, num_bags), out);
+        return pool(table, given, weight, bags, first, std::min(first + BAGS, num_bags), out);
     });
 }
 
@@ -275,13 +276,12 @@ extern "C" int fill_rows(int64_t* found, const Ids* given, const Table* table, i
     });
 }
 
-extern "C" int fill_vectors(float* out, const Ids* given, const Table* table, const void* rows, int64_t element,
-                            int64_t num_rows, int64_t dim, const float* scale, const int64_t* offsets,
-                            int64_t num_rows_out, int64_t num_features, int64_t mean, int64_t num_threads) {
+extern "C" int fill_vectors(const Out* out, const Ids* given, const Table* table, const void* rows, int64_t element,
+                            int64_t num_rows, const float* scale, const int64_t* offsets, int64_t mean,
+                            int64_t num_threads) {
     const auto fill_of = element == 0   ? fill<float>
                          : element == 1 ? fill<Half>
                          : element == 2 ? fill<Bfloat>
                                         : fill<int8_t>;
-    const Order order{num_rows_out, num_features};
-    return fill_of(out, *given, *table, rows, num_rows, dim, scale, order, Bags{offsets, mean != 0}, num_threads);
+    return fill_of(*out, *given, *table, rows, num_rows, scale, Bags{offsets, mean != 0}, num_threads);
 }

@@ -35,13 +35,19 @@ def _slot_in(bucket, hashes, mask, keys):
 
 
 @triton.jit
-def _row_of(ids, feature, mask, places, num_features, keys, rows, hashed, begins, num_buckets):
+def _place_of(feature, places, begins, num_features):
+    """What a feature's rows follow from: its part, shift, rows for unseen ids, and the part's rows of the id table."""
+    part = tl.load(places + feature)
+    shift = tl.load(places + num_features + feature)
+    first = tl.load(places + 2 * num_features + feature)
+    num_unseen = tl.load(places + 3 * num_features + feature)
+    return part, shift, first, num_unseen, tl.load(begins + part), tl.load(begins + part + 1)
+
+
+@triton.jit
+def _row_of(ids, place, mask, keys, rows, hashed, num_buckets):
     """The row of the weight for each id; the second bucket is read only for what the first does not hold."""
-    part = tl.load(places + feature, mask, 0)
-    shift = tl.load(places + num_features + feature, mask, 0)
-    first = tl.load(places + 2 * num_features + feature, mask, 0)
-    num_unseen = tl.load(places + 3 * num_features + feature, mask, 1)
-    begin, end = tl.load(begins + part, mask, 0), tl.load(begins + part + 1, mask, 0)
+    part, shift, first, num_unseen, begin, end = place
     mixed = (_mix(ids + tl.load(hashed)) + part * tl.load(hashed + 2)) * tl.load(hashed + 1)
     at = _slot_in(((mixed >> 32) & _LOW_32) * num_buckets >> 32, mixed, mask, keys)
     at = tl.maximum(at, _slot_in((mixed & _LOW_32) * num_buckets >> 32, mixed, mask & (at < 0), keys))
@@ -60,6 +66,13 @@ def _vectors_of(row, mask, weight, scale, DIM: tl.constexpr, WIDTH: tl.constexpr
     if SCALED:
         vectors = vectors * tl.load(scale + row, mask, 0.0)[:, None]
     return vectors
+
+
+@triton.jit
+def _passed(start, lane, size):
+    """What start + lane is when divided, and what is left; 64 bits are divided once, for lanes have few."""
+    left = (start % size).to(tl.int32) + lane
+    return start // size + left // size, left % size
 
 
 @triton.jit
@@ -87,18 +100,21 @@ def one_each(
     IDS: tl.constexpr,
 ):
     """Some ids a program: their rows, and their vectors if those are asked for, those of a row side by side."""
-    at = tl.program_id(0).to(tl.int64) * IDS + tl.arange(0, IDS)
+    start, lane = tl.program_id(0).to(tl.int64) * IDS, tl.arange(0, IDS)
+    at = start + lane
     mask = at < num_ids
-    numbers = tl.load(feature + at // repeat, mask, 0)
+    numbers = tl.load(feature + _passed(start, lane, repeat)[0], mask, 0)
     asked = tl.load(ids + at, mask, 0)
-    row = _row_of(asked, numbers, mask, places, num_features, keys, rows, hashed, begins, num_buckets)
+    place = _place_of(numbers, places, begins, num_features)
+    row = _row_of(asked, place, mask, keys, rows, hashed, num_buckets)
     tl.store(found + at, row, mask)
     if GATHERS:
         vectors = _vectors_of(row, mask, weight, scale, DIM, WIDTH, SCALED)
+        number, line = _passed(start, lane, num_rows)
+        to = line * (num_ids // num_rows) + number
         column = tl.arange(0, WIDTH)
         wanted = mask[:, None] & (column < DIM)[None, :]
-        place = at % num_rows * (num_ids // num_rows) + at // num_rows
-        tl.store(out + place[:, None] * DIM + column[None, :], vectors, wanted)
+        tl.store(out + to[:, None] * DIM + column[None, :], vectors, wanted)
 
 
 @triton.jit
@@ -114,6 +130,7 @@ def bags(
     scale,
     offsets,
     out,
+    repeat,
     num_rows,
     num_features,
     num_buckets,
@@ -126,20 +143,21 @@ def bags(
     """One bag a program: the sum or mean of its ids' vectors, the bags of a row side by side."""
     bag = tl.program_id(0).to(tl.int64)
     start, stop = tl.load(offsets + bag), tl.load(offsets + bag + 1)
+    place = _place_of(tl.load(feature + bag // repeat), places, begins, num_features)
     total = tl.zeros((WIDTH,), tl.float32)
     begin = start
     while begin < stop:
         at = begin + tl.arange(0, IDS)
         mask = at < stop
-        numbers, asked = tl.load(feature + at, mask, 0), tl.load(ids + at, mask, 0)
-        row = _row_of(asked, numbers, mask, places, num_features, keys, rows, hashed, begins, num_buckets)
+        asked = tl.load(ids + at, mask, 0)
+        row = _row_of(asked, place, mask, keys, rows, hashed, num_buckets)
         total += tl.sum(_vectors_of(row, mask, weight, scale, DIM, WIDTH, SCALED), 0)
         begin += IDS
     if MEAN:
         total = total / tl.maximum(stop - start, 1).to(tl.float32)
     column = tl.arange(0, WIDTH)
-    place = bag % num_rows * (tl.num_programs(0) // num_rows) + bag // num_rows
-    tl.store(out + place * DIM + column, total, column < DIM)
+    to = bag % num_rows * (tl.num_programs(0) // num_rows) + bag // num_rows
+    tl.store(out + to * DIM + column, total, column < DIM)
 
 
 def fill_rows(
@@ -179,10 +197,10 @@ def fill_vectors(
     """What `lookup_vectors` gives, into ``out``, by rows; all are contiguous."""
     sizes: dict[str, Any] = {"SCALED": scale is not None, **sizes_of(weight.shape[1])}
     given = ids, feature, places, keys, rows, hashed, begins, weight, weight if scale is None else scale
-    numbers = num_rows, places.shape[1], keys.shape[0]
+    numbers = repeat, num_rows, places.shape[1], keys.shape[0]
     if offsets is None:
         found = torch.empty(ids.shape, dtype=torch.int64, device=ids.device)
-        one_each[_grid(ids, sizes)](*given, found, out, ids.numel(), repeat, *numbers, GATHERS=True, **sizes)
+        one_each[_grid(ids, sizes)](*given, found, out, ids.numel(), *numbers, GATHERS=True, **sizes)
     else:
         bags[(offsets.numel() - 1,)](*given, offsets, out, *numbers, MEAN=mean, **sizes)
 
@@ -190,7 +208,7 @@ def fill_vectors(
 def sizes_of(dim: int) -> dict[str, int]:
     """What a kernel is built for; so many ids a program that their vectors fit in registers."""
     width = 1 << (dim - 1).bit_length()
-    return {"DIM": dim, "WIDTH": width, "IDS": min(_MOST_IDS, max(1, 1024 // width))}
+    return {"DIM": dim, "WIDTH": width, "IDS": min(_MOST_IDS, max(1, 512 // width))}
 
 
 def _grid(ids: Tensor, sizes: dict[str, int]) -> tuple[int]:
