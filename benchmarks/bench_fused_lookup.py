@@ -63,16 +63,18 @@ def split(batch: Batch) -> tuple[list[Tensor], list[Tensor] | None]:
     return [ids for ids, _ in batch.values()], [offsets for _, offsets in batch.values()]
 
 
-def side_by_side(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+def side_by_side(batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
     """All ids, the feature of each, and where the bags begin, those of a feature behind those of the one before."""
     ids, offsets = split(batch)
-    sizes = torch.tensor([len(one) for one in ids])
-    feature = torch.repeat_interleave(torch.arange(NUM_FEATURES), sizes)
+    numbers = torch.arange(NUM_FEATURES)
     if offsets is None:
-        return torch.cat(ids), feature, torch.arange(NUM_FEATURES * NUM_ROWS + 1)
-    begins = functional.pad(sizes.cumsum(0), (1, 0))
-    whole = torch.cat([begin + one[:-1] for begin, one in zip(begins, offsets, strict=False)])
-    return torch.cat(ids), feature, functional.pad(whole, (0, 1), value=int(begins[-1]))
+        return torch.cat(ids), numbers.repeat_interleave(NUM_ROWS), None
+    begins = torch.stack(offsets)
+    sizes = begins[:, -1]
+    ends = sizes.cumsum(0)
+    whole = functional.pad((begins[:, :-1] + (ends - sizes)[:, None]).flatten(), (0, 1))
+    whole[-1] = ends[-1]
+    return torch.cat(ids), numbers.repeat_interleave(sizes), whole
 
 
 def columns(vectors: Tensor) -> Tensor:
@@ -109,8 +111,11 @@ def all_at_once(known: Tensor, weight: Tensor, unseen: Tensor) -> Form:
         ids, feature, offsets = side_by_side(batch)
         found = torch.searchsorted(vocabulary, ids)
         rows = torch.where(vocabulary[found.clamp(max=num_ids - 1)] == ids, found, num_ids + feature)
-        if len(ids) == NUM_FEATURES * NUM_ROWS:
-            return functional.embedding(rows.view(NUM_FEATURES, NUM_ROWS).t(), whole).flatten(1)
+        if offsets is None:  # a bag an id, for torch reads ahead in bags
+            rows = rows.view(NUM_FEATURES, NUM_ROWS).t().flatten()
+            every = torch.arange(NUM_FEATURES * NUM_ROWS + 1)
+            found = functional.embedding_bag(rows, whole, every, mode="sum", include_last_offset=True)
+            return found.view(NUM_ROWS, -1)
         return columns(functional.embedding_bag(rows, whole, offsets, mode="sum", include_last_offset=True))
 
     return form
@@ -137,7 +142,8 @@ def fbgemm(known: Tensor, weight: Tensor, unseen: Tensor, batches: list[Batch]) 
             of = feature == at
             place = torch.searchsorted(vocabularies[at], ids[of]).clamp(max=NUM_IDS - 1)
             rows[of] = torch.where(vocabularies[at][place] == ids[of], order[at][place], NUM_IDS)
-        given[id(batch)] = rows, offsets
+        every = torch.arange(NUM_FEATURES * NUM_ROWS + 1)
+        given[id(batch)] = rows, every if offsets is None else offsets
     return lambda batch: tables(*given[id(batch)])
 
 

@@ -534,6 +534,31 @@ def test_bad_features_are_named_and_nothing_is_inserted(case):
     assert sum(lookup.num_ids.values()) == 0
 
 
+def test_offsets_of_a_feature_that_does_not_pool_are_refused_where_all_are_pairs():
+    tables, pair = {"t": EmbeddingTable(9, 4)}, jagged([[1], [2, 3]])
+    lookup = FusedEmbeddingLookup(tables, {"a": IdFeature("t"), "b": IdFeature("t", pooling=None)})
+    with pytest.raises(ValueError, match=r"features\['b'\] must be ids alone where they are not pooled"):
+        lookup({"a": pair, "b": pair})
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_a_packed_batch_of_another_dtype_or_device_is_refused(backend):
+    lookup = make(backend=backend)
+    packed = lookup.pack(bags_of_all())
+    for field in ("ids", "feature", "offsets"):
+        for change, error, says in (
+            (torch.Tensor.int, TypeError, "features must be int64, got a int32 tensor"),
+            (lambda one: one.to("meta"), ValueError, "features must be packed on cpu like the lookup, got meta"),
+        ):
+            groups = tuple(
+                group if getattr(group, field) is None else group._replace(**{field: change(getattr(group, field))})
+                for group in packed.groups
+            )
+            for grad in (True, False):
+                with torch.set_grad_enabled(grad), pytest.raises(error, match=says):
+                    lookup(packed._replace(groups=groups))
+
+
 def test_more_ids_than_rows_are_an_error_and_none_is_inserted():
     lookup = make()
     before = copy.deepcopy(lookup.state_dict())

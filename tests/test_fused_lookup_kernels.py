@@ -11,6 +11,7 @@ from lookups import FEATURES, TABLES
 from torch.nn import functional
 
 from recblocks import EmbeddingTable, FusedEmbeddingLookup, IdFeature, ServingLookup
+from recblocks._hashing import mix, unmix
 from recblocks.embedding._gather import lookup_rows
 from recblocks.kernels.fused_lookup import cpp, dispatch
 
@@ -155,6 +156,56 @@ def test_features_that_do_not_share_ids_or_bags_alike_are_refused(backend, devic
     for feature, offsets in ((ids * 0, None), (numbers[:1], ids[:4])):
         with pytest.raises(ValueError, match="num_features must divide the ids, or bags, got 2"):
             dispatch.lookup_vectors(ids, feature, *given, weight, None, offsets, 2, False, backend)
+
+
+def test_an_id_of_another_part_that_has_the_same_hash_is_not_there(backend, device):
+    tables = {"t": EmbeddingTable(50, 4), "u": EmbeddingTable(50, 4)}
+    features = {"a": IdFeature("t", num_unseen=3), "b": IdFeature("u", num_unseen=5)}
+    lookup = FusedEmbeddingLookup(tables, features).to(device)
+    ids, others = torch.arange(10, device=device), torch.arange(100, 110, device=device)
+    lookup.insert({"a": ids, "b": others})
+    first, _, step = lookup.table.hashed
+    of_b, of_a = unmix(mix(ids, first) - step, first), unmix(mix(others, first) + step, first)
+    feature = torch.tensor([1, 0], device=device)[:, None]
+    asked = torch.stack([of_b, of_a])
+    rows = dispatch.lookup_rows(asked, feature, lookup.places, *lookup.table.slots, backend)
+    assert torch.equal(rows, lookup_rows(asked, lookup.table.slots, lookup.places[:, feature]))
+    assert (lookup.table.find(asked, feature) < 0).all()
+    assert rows.max() < 8  # those for unseen ids come first
+
+
+def test_tensors_may_lie_in_memory_as_they_like(backend, device):
+    lookup = make(6, device)
+    ids = some_ids(device, 12)
+    numbers, offsets = torch.tensor([[1], [3]], device=device), torch.tensor([0, 2, 3, 7, 12], device=device)
+    weight = (100 * lookup.weights["6"].detach()).to(torch.int8)
+    scale = torch.rand(len(weight), generator=torch.Generator().manual_seed(3)).to(device)
+    given = [ids, numbers, lookup.places, *lookup.table.slots, weight, scale, offsets]
+    want = dispatch.lookup_vectors(*given, 2, True, backend)
+    for at, one in enumerate(given):
+        wide = one.repeat_interleave(2, 0)[::2]
+        assert not wide.is_contiguous()
+        got = dispatch.lookup_vectors(*given[:at], wide, *given[at + 1 :], 2, True, backend)
+        assert torch.equal(got, want)
+
+
+def test_tensors_of_another_dtype_or_size_are_refused(backend, device):
+    lookup = make(5, device)
+    ids, feature = some_ids(device, 4), torch.zeros(1, 1, dtype=torch.int64, device=device)
+    given = [ids, feature, lookup.places, *lookup.table.slots, lookup.weights["5"].detach()]
+    for at in (0, 1, 2, 3, 5, 6):
+        with pytest.raises(TypeError, match=r"ids and what says where to look must be int64, got torch\.int32"):
+            dispatch.lookup_rows(*given[:at], given[at].int(), *given[at + 1 : -1], backend)
+    with pytest.raises(TypeError, match=r"must be int64, got torch\.int32"):
+        dispatch.lookup_vectors(*given, None, torch.tensor([0, 4]).int().to(device), 1, False, backend)
+    with pytest.raises(ValueError, match="scale must have shape"):
+        dispatch.lookup_vectors(*given, torch.ones(1, device=device), None, None, False, backend)
+    with pytest.raises(TypeError, match="scale must be float32"):
+        dispatch.lookup_vectors(*given, torch.ones(len(given[-1])).double().to(device), None, None, False, backend)
+    with pytest.raises(ValueError, match="feature must have a number for so many of 4 each, got 0"):
+        dispatch.lookup_rows(ids, feature.flatten()[:0], *given[2:-1], backend)
+    with pytest.raises(ValueError, match=r"all must be on one device, got .* and meta"):
+        dispatch.lookup_rows(ids, feature.to("meta"), *given[2:-1], backend)
 
 
 # --- the Modules ---
@@ -336,7 +387,7 @@ def test_any_number_of_threads_gives_the_same():
         try:
             found.append(dispatch.lookup_rows(*given, "cpp"))
             found.append(dispatch.lookup_vectors(*given, weight, None, None, None, False, "cpp"))
-            bags = ids, torch.arange(4)[:, None], *given[2:], weight, None, offsets, 4, True, "cpp"
+            bags = ids[: offsets[-1]], torch.arange(4)[:, None], *given[2:], weight, None, offsets, 4, True, "cpp"
             found.append(dispatch.lookup_vectors(*bags))
         finally:
             torch.set_num_threads(1)
@@ -347,12 +398,16 @@ def test_any_number_of_threads_gives_the_same():
 
 
 @needs_compiler
-@pytest.mark.parametrize("offsets", [[0, 3, 2, 4], [-1, 2, 3, 4], [0, 2, 3, 5], [0, 2, 3, LOWEST]])
+@pytest.mark.parametrize(
+    "offsets", [[0, 3, 2, 4], [-1, 2, 3, 4], [1, 2, 3, 4], [0, 2, 3, 3], [0, 2, 3, 5], [0, 2, 3, LOWEST]]
+)
 def test_bags_that_are_none_are_refused_and_nothing_else_is_read(offsets):
     lookup = make(5, "cpu")
     feature, weight = torch.tensor([[3]]), lookup.weights["5"].detach()
     given = some_ids("cpu", 4), feature, lookup.places, *lookup.table.slots, weight
-    with pytest.raises(ValueError, match="offsets must ascend"):
+    with pytest.raises(
+        ValueError, match=f"offsets must ascend from 0 to the number of ids, got {offsets[0]}, {offsets[1]}"
+    ):
         dispatch.lookup_vectors(*given, None, torch.tensor(offsets), 1, False, "cpp")
 
 
@@ -363,16 +418,41 @@ def test_numbers_and_rows_out_of_range_are_refused():
     given = lookup.places, *lookup.table.slots
     for number in (-1, 5):
         feature = torch.tensor([0, 1, number, 2])
-        with pytest.raises(IndexError, match="feature must be numbers of features"):
+        with pytest.raises(IndexError, match=r"feature must be from 0 to 4, got (-1 to 2|0 to 5)"):
             dispatch.lookup_rows(ids, feature, *given, "cpp")
-        with pytest.raises(IndexError, match="feature must be numbers of features"):
+        with pytest.raises(IndexError, match=r"feature must be from 0 to 4, got (-1 to 2|0 to 5)"):
             dispatch.lookup_vectors(ids, feature, *given, weight, None, None, None, False, "cpp")
     feature = torch.tensor([[4]])
     rows = dispatch.lookup_rows(ids, feature, *given, "cpp")
     fewer = weight[: int(rows.max())]
     for offsets in (None, torch.tensor([0, 4])):
-        with pytest.raises(IndexError, match="places must name rows that the weight has"):
+        with pytest.raises(IndexError, match="places must name parts of the id table and rows of the weight, got"):
             dispatch.lookup_vectors(ids, feature, *given, fewer, None, offsets, 1, False, "cpp")
+
+
+@needs_compiler
+@pytest.mark.parametrize("wrong_at", [0, 2500, 4999])
+def test_what_is_wrong_anywhere_is_refused_by_any_number_of_threads(wrong_at):
+    lookup = make(5, "cpu")
+    ids, feature = torch.arange(5000), torch.zeros(5000, dtype=torch.int64)
+    feature[wrong_at] = 5
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        try:
+            with pytest.raises(IndexError, match="feature must be from 0 to 4, got 0 to 5"):
+                dispatch.lookup_rows(ids, feature, lookup.places, *lookup.table.slots, "cpp")
+        finally:
+            torch.set_num_threads(1)
+
+
+@needs_compiler
+@pytest.mark.parametrize("part", [-1, 3])
+def test_parts_that_the_table_has_not_are_refused(part):
+    lookup = make(5, "cpu")
+    places = lookup.places.clone()
+    places[0, 0] = part
+    with pytest.raises(IndexError, match="places must name parts of the id table"):
+        dispatch.lookup_rows(torch.arange(4), torch.tensor([[0]]), places, *lookup.table.slots, "cpp")
 
 
 @needs_compiler
@@ -434,8 +514,44 @@ def test_a_compiler_without_openmp_and_a_cache_that_cannot_be_written_will_do(tm
     without = f'case "$*" in *-fopenmp*) exit 1;; esac; exec {cpp.compiler()[0]} "$@"'
     blocked = tmp_path / "blocked"
     blocked.write_text("a file, where there ought to be a folder")
-    done = look_up(blocked, CXX=compiler_that(tmp_path / "c++", without))
+    for cache in (blocked, tmp_path / "cache"):
+        done = look_up(cache, CXX=compiler_that(tmp_path / "c++", without))
+        assert (done.stdout.split(), done.stderr) == (["cpp"], "")
+    assert not list((tmp_path / "cache").rglob("*.so"))  # one that has no threads is not kept: the next try may have
+
+
+@needs_compiler
+@pytest.mark.parametrize("spoiled", ["", "no library"])
+def test_what_is_kept_and_cannot_be_loaded_is_built_again(tmp_path, spoiled):
+    assert look_up(tmp_path).stdout.split() == ["cpp"]
+    (kept,) = (tmp_path / "recblocks").iterdir()
+    whole = kept.stat().st_size
+    kept.unlink()  # a file that is loaded must not be written into
+    kept.write_text(spoiled)
+    done = look_up(tmp_path)
     assert (done.stdout.split(), done.stderr) == (["cpp"], "")
+    assert kept.stat().st_size == whole
+
+
+@needs_compiler
+def test_a_library_of_something_else_is_built_again(tmp_path):
+    look_up(tmp_path)
+    (kept,) = (tmp_path / "recblocks").iterdir()
+    kept.unlink()
+    source = tmp_path / "other.cpp"
+    source.write_text('extern "C" int other() { return 0; }')
+    subprocess.run([*cpp.compiler(), "-shared", "-fPIC", str(source), "-o", str(kept)], check=True)
+    done = look_up(tmp_path)
+    assert (done.stdout.split(), done.stderr) == (["cpp"], "")
+
+
+@needs_compiler
+def test_a_user_without_a_home_builds_for_the_process(monkeypatch):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(cpp, "user_cache", homeless)
+    assert cpp.library.__wrapped__().fill_rows
 
 
 def test_without_a_compiler_it_is_plain_torch(tmp_path):
@@ -445,11 +561,18 @@ def test_without_a_compiler_it_is_plain_torch(tmp_path):
     assert "RuntimeError: backend 'cpp' needs a C++ compiler: install g++ or clang++" in done.stderr
 
 
-@pytest.mark.parametrize("command", ["/no/such/compiler", "false"])
-def test_a_compiler_that_fails_is_warned_of_once(tmp_path, command):
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        ("/no/such/compiler", "/no/such/compiler cannot be run"),
+        ("false", "false failed"),
+        ('g++ "', "CXX must be a command, got 'g++ \"'"),
+    ],
+)
+def test_a_compiler_that_fails_is_warned_of_once(tmp_path, command, says):
     done = look_up(tmp_path, CXX=command)
     assert done.stdout.split() == ["None"]
-    assert done.stderr.count(f"RuntimeWarning: ids are looked up in plain torch, as {command}") == 1
+    assert done.stderr.count(f"RuntimeWarning: ids are looked up in plain torch, as {says}") == 1
     assert not list(tmp_path.rglob("*.so*"))
 
 

@@ -168,10 +168,17 @@ class Layout:
 
     def groups(self, features: Mapping[str, Ids] | PackedIds, device: torch.device) -> Sequence[Group]:
         """Those of a batch, packed or not."""
-        packed = features if isinstance(features, PackedIds) else self.pack(features, device)
-        if packed.made_for != self.made_for:
-            self._refuse("features", packed.made_for)
-        return packed.groups
+        if not isinstance(features, PackedIds):
+            return self.pack(features, device).groups
+        if features.made_for != self.made_for:
+            self._refuse("features", features.made_for)
+        for group in features.groups:
+            for one in (group.ids, group.feature, group.offsets, group.sizes):
+                if one is not None:
+                    _checks.integers("features", one)
+                    if one.device != device:
+                        raise ValueError(f"features must be packed on {device} like the lookup, got {one.device}")
+        return features.groups
 
     def _refuse(self, argument: str, made_for: str) -> None:
         theirs, ours = json.loads(made_for), json.loads(self.made_for)

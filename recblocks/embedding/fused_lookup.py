@@ -197,10 +197,11 @@ class FusedEmbeddingLookup(nn.Module):
         with contextlib.nullcontext() if compiling else self.table.reading("a lookup"):
             groups = self.layout.groups(features, self.places.device)
             backend, slots = dispatch.resolve(self.backend, self.places.device), self.table.slots
-            if backend is not None and not torch.is_grad_enabled() and self._dtype != torch.float64:
+            # Of other dtypes torch rounds the sums of bags as it goes, and training must give what this gives.
+            if backend is not None and not torch.is_grad_enabled() and self._dtype == torch.float32:
                 weights = {dim: weight.detach() for dim, weight in self.weights.items()}
                 found = kernel_vectors(backend, groups, slots, self.places, weights, {}, self.layout)
-                return self.layout.vectors(groups, [their.to(self._dtype) for their in found])
+                return self.layout.vectors(groups, found)
             rows = rows_of(groups, slots, self.places, backend)
             if self.gradient in _OPTIMIZERS:
                 return self.layout.vectors(groups, self._trained_vectors(groups, rows))

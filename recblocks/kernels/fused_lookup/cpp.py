@@ -28,11 +28,6 @@ from recblocks._files import replacing, user_cache
 _SOURCE = pathlib.Path(__file__).with_name("lookup.cpp")
 _FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fPIC", "-shared")
 _ELEMENTS = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
-_WRONG = {
-    1: (IndexError, "feature must be numbers of features"),
-    2: (ValueError, "offsets must ascend from 0 and reach no further than the ids"),
-    3: (IndexError, "places must name rows that the weight has"),
-}
 
 
 class _Table(ctypes.Structure):
@@ -42,8 +37,9 @@ class _Table(ctypes.Structure):
         ("keys", ctypes.c_void_p),
         ("rows", ctypes.c_void_p),
         ("hashed", ctypes.c_void_p),
-        ("begins", ctypes.c_void_p),
         ("num_buckets", ctypes.c_int64),
+        ("begins", ctypes.c_void_p),
+        ("num_parts", ctypes.c_int64),
     )
 
 
@@ -68,33 +64,39 @@ class _Out(ctypes.Structure):
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def is_available() -> bool:
     """Whether it is built, or can be and is now; a compiler that fails is warned of, once."""
-    return _is_built()
+    built, unsaid = _first_try()
+    if unsaid:
+        warnings.warn(f"ids are looked up in plain torch, as {unsaid.pop()}", RuntimeWarning, stacklevel=2)
+    return built
 
 
 @functools.cache
-def _is_built() -> bool:
-    if compiler() is None:
-        return False
+def _first_try() -> tuple[bool, list[str]]:
+    """Whether there is a library, and what is to be said where a compiler made none."""
     try:
+        if compiler() is None:
+            return False, []
         library()
     except (OSError, RuntimeError) as error:
-        warnings.warn(f"ids are looked up in plain torch, as {error}", RuntimeWarning, stacklevel=2)
-        return False
-    return True
+        return False, [str(error)]
+    return True, []
 
 
 def compiler() -> list[str] | None:
     """The command that compiles C++, None where there is none."""
-    named = os.environ.get("CXX")
+    named = os.environ.get("CXX", "").strip()
     if named:
-        return shlex.split(named)
+        try:
+            return shlex.split(named)
+        except ValueError as error:
+            raise RuntimeError(f"CXX must be a command, got {named!r}: {error}") from error
     found = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
     return None if found is None else [found]
 
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The two functions of `lookup.cpp`.
+    """The two functions of `lookup.cpp`: those that are kept, or else those that are built now, and kept.
 
     Raises:
         RuntimeError: there is no compiler, or it fails.
@@ -106,17 +108,20 @@ def library() -> ctypes.CDLL:
             "backend 'cpp' needs a C++ compiler: install g++ or clang++, or name one in the variable CXX"
         )
     made_from = (_SOURCE.read_bytes(), *map(str.encode, (*command, *_FLAGS, sys.platform, platform.machine())))
-    path = user_cache() / f"lookup-{hashlib.sha256(b' '.join(made_from)).hexdigest()[:16]}.so"
-    if path.exists():
-        return _load(path)
+    name = f"lookup-{hashlib.sha256(b' '.join(made_from)).hexdigest()[:16]}.so"
+    try:
+        return _load(user_cache() / name)
+    except (OSError, RuntimeError, AttributeError):  # it is not there, or of another machine, or there is no home
+        pass
     with tempfile.TemporaryDirectory() as folder:
-        fresh = pathlib.Path(folder) / path.name
-        _build(command, fresh)
-        with contextlib.suppress(OSError):  # where nothing can be kept, each process builds its own
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(path) as scratch:
-                shutil.copyfile(fresh, scratch)
-        return _load(fresh)
+        fresh = pathlib.Path(folder) / name
+        kept = _build(command, fresh) and _keep(fresh)
+        try:
+            return _load(fresh)
+        except OSError:
+            if not kept:
+                raise
+            return _load(user_cache() / name)  # where nothing in the folder for scratch files may be run
 
 
 def fill_rows(
@@ -132,7 +137,9 @@ def fill_rows(
 ) -> None:
     """What `lookup_rows` gives, into ``found``; all are contiguous."""
     given = _given(ids, feature, repeat), _table(places, keys, rows, hashed, begins)
-    _check(library().fill_rows(found.data_ptr(), *given, torch.get_num_threads()))
+    wrong = library().fill_rows(found.data_ptr(), *given, torch.get_num_threads())
+    if wrong:
+        raise _error(wrong, feature, places, None)
 
 
 def fill_vectors(
@@ -156,7 +163,19 @@ def fill_vectors(
     num_columns = out.numel() // (num_rows * weight.shape[1])
     where = _Out(out.data_ptr(), num_rows, num_columns, weight.shape[1])
     rows_of = weight.data_ptr(), _ELEMENTS.index(weight.dtype), weight.shape[0], _pointer(scale)
-    _check(library().fill_vectors(where, *given, *rows_of, _pointer(offsets), mean, torch.get_num_threads()))
+    wrong = library().fill_vectors(where, *given, *rows_of, _pointer(offsets), mean, torch.get_num_threads())
+    if wrong:
+        raise _error(wrong, feature, places, offsets)
+
+
+def _keep(path: pathlib.Path) -> bool:
+    """Whether it is in the user's cache folder now; where nothing can be kept, each process builds its own."""
+    with contextlib.suppress(OSError, RuntimeError):
+        user_cache().mkdir(parents=True, exist_ok=True)
+        with replacing(user_cache() / path.name) as scratch:
+            shutil.copyfile(path, scratch)
+        return True
+    return False
 
 
 def _load(path: pathlib.Path) -> ctypes.CDLL:
@@ -174,29 +193,38 @@ def _given(ids: Tensor, feature: Tensor, repeat: int) -> _Ids:
 
 
 def _table(places: Tensor, keys: Tensor, rows: Tensor, hashed: Tensor, begins: Tensor) -> _Table:
-    pointers = (one.data_ptr() for one in (keys, rows, hashed, begins))
-    return _Table(places.data_ptr(), places.shape[1], *pointers, keys.shape[0])
+    pointers = (one.data_ptr() for one in (keys, rows, hashed))
+    parts = begins.data_ptr(), begins.shape[0] - 1
+    return _Table(places.data_ptr(), places.shape[1], *pointers, keys.shape[0], *parts)
 
 
 def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def _check(code: int) -> None:
-    if code:
-        kind, must = _WRONG[code]
-        raise kind(f"{must}, got others")
+def _error(wrong: int, feature: Tensor, places: Tensor, offsets: Tensor | None) -> Exception:
+    """What is wrong, by the numbers that `lookup.cpp` gives."""
+    if wrong == 1:
+        least, most = feature.aminmax()
+        return IndexError(f"feature must be from 0 to {places.shape[1] - 1}, got {int(least)} to {int(most)}")
+    if wrong == 2 and offsets is not None:
+        some = ", ".join(map(str, offsets[:9].tolist()))
+        return ValueError(f"offsets must ascend from 0 to the number of ids, got {some}, ...")
+    return IndexError(f"places must name parts of the id table and rows of the weight, got {places[:, :9].tolist()}")
 
 
-def _build(command: list[str], path: pathlib.Path) -> None:
-    """With OpenMP, whose threads are torch's own where both are GNU's, or without where the compiler has none."""
+def _build(command: list[str], path: pathlib.Path) -> bool:
+    """Whether it is built with OpenMP, whose threads are torch's own where both are GNU's, or else without."""
     for threads in (["-fopenmp"], []):
         try:
             done = subprocess.run(
-                [*command, *_FLAGS, *threads, str(_SOURCE), "-o", str(path)], capture_output=True, text=True
+                [*command, *_FLAGS, *threads, str(_SOURCE), "-o", str(path)],
+                capture_output=True,
+                text=True,
+                errors="replace",
             )
         except OSError as error:
             raise RuntimeError(f"{shlex.join(command)} cannot be run: {error}") from error
         if done.returncode == 0:
-            return
+            return bool(threads)
     raise RuntimeError(f"{shlex.join(command)} failed: {done.stderr.strip()[-500:]}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -67,6 +68,7 @@ def lookup_rows(
         begins: (P + 1,) int64.
         backend: what `resolve` says.
     """
+    _check_tensors(ids, (feature, places, keys, hashed, begins), rows)
     found = torch.empty(ids.shape, dtype=torch.int64, device=ids.device)
     if ids.numel():
         given = _contiguous(ids, feature, places, keys, rows, hashed, begins)
@@ -109,8 +111,12 @@ def lookup_vectors(
         backend: what `resolve` says.
 
     Raises:
-        ValueError: ids, or bags, that are no whole number for each feature.
+        TypeError, ValueError: tensors of another dtype or device, or ids, or bags, that are no whole number for each
+            feature.
     """
+    _check_tensors(ids, (feature, places, keys, hashed, begins, offsets), rows, weight, scale)
+    if scale is not None:
+        _checks.tensor("scale", scale, weight.shape[0], dtype=torch.float32)
     out = _vectors_like(ids, weight, offsets, num_features)
     if out.numel():
         given = _contiguous(ids, feature, places, keys, rows, hashed, begins, weight)
@@ -125,13 +131,16 @@ def lookup_vectors(
 
 
 @lookup_rows.register_fake
-def _(ids: Tensor, *_: object) -> Tensor:
+def _(ids: Tensor, *others: Any) -> Tensor:
+    feature, places, keys, rows, hashed, begins, _ = others
+    _check_tensors(ids, (feature, places, keys, hashed, begins), rows)
     return torch.empty_like(ids, memory_format=torch.contiguous_format)
 
 
 @lookup_vectors.register_fake
 def _(ids: Tensor, *others: Any) -> Tensor:
-    weight, _, offsets, num_features = others[6:10]
+    feature, places, keys, rows, hashed, begins, weight, scale, offsets, num_features, *_ = others
+    _check_tensors(ids, (feature, places, keys, hashed, begins, offsets), rows, weight, scale)
     return _vectors_like(ids, weight, offsets, num_features)
 
 
@@ -141,9 +150,19 @@ def _vectors_like(ids: Tensor, weight: Tensor, offsets: Tensor | None, num_featu
     return torch.empty((*shape, weight.shape[1]), dtype=torch.float32, device=weight.device)
 
 
+def _check_tensors(ids: Tensor, integers: Sequence[Tensor | None], *others: Tensor | None) -> None:
+    """Kernels read memory as what they expect: refuse ids and integers that are not int64, and another device."""
+    for one in (ids, *integers):
+        if one is not None and one.dtype != torch.int64:
+            raise TypeError(f"ids and what says where to look must be int64, got {one.dtype}")
+    for one in (*integers, *others):
+        if one is not None and one.device != ids.device:
+            raise ValueError(f"all must be on one device, got {ids.device} and {one.device}")
+
+
 def _repeat(given: Tensor, feature: Tensor) -> int:
     """How many ids, or bags, one after the other, each number of a feature is for."""
-    repeat, rest = divmod(given.numel(), max(feature.numel(), 1))
+    repeat, rest = divmod(given.numel(), feature.numel()) if feature.numel() else (0, given.numel())
     if rest:
         raise ValueError(f"feature must have a number for so many of {given.numel()} each, got {feature.numel()}")
     return repeat or 1

@@ -13,7 +13,8 @@ namespace {
 
 constexpr int64_t BUCKET = 8;
 constexpr int64_t BLOCK = 64;        // ids at a time
-constexpr int64_t BAGS = 256;        // bags at a time
+constexpr int64_t BAGS = 256;        // bags at a time, at most
+constexpr int64_t TURNS = 8;         // of a thread, at least: whoever is done early takes another's
 constexpr int64_t THREAD_IDS = 512;  // ids that are worth a thread
 constexpr int64_t AHEAD = 256;       // bytes of a row that are asked for; the CPU itself reads on from there
 
@@ -27,8 +28,9 @@ struct Table {
     const int64_t* keys;    // (num_buckets, 8)
     const int32_t* rows;    // (num_buckets, 8)
     const int64_t* hashed;  // (3,)
-    const int64_t* begins;  // of each part
     int64_t num_buckets;
+    const int64_t* begins;  // (num_parts + 1,)
+    int64_t num_parts;
 };
 
 struct Ids {
@@ -101,6 +103,7 @@ Wrong look_up(const Table& table, const int64_t* ids, const int64_t* feature, in
 
     for (int64_t i = 0; i < count; ++i) {
         if (feature[i] < 0 || feature[i] >= table.num_features) return FEATURE;
+        if (place[0][feature[i]] < 0 || place[0][feature[i]] >= table.num_parts) return ROW;
         const uint64_t mixed = mix(uint64_t(ids[i]) + uint64_t(table.hashed[0]));
         hash[i] = (mixed + uint64_t(place[0][feature[i]]) * uint64_t(table.hashed[2])) * uint64_t(table.hashed[1]);
         at[i] = share(hash[i] >> 32, table.num_buckets);
@@ -214,9 +217,12 @@ struct Bags {
 template <class Element>
 Wrong pool(const Table& table, const Ids& given, const Weight<Element>& weight, const Bags& bags, int64_t first,
            int64_t last, const Out& out) {
+    const bool begins = first > 0 || bags.offsets[0] == 0;
+    const bool ends = last < out.num_rows * out.num_features || bags.offsets[last] == given.num_ids;
+    if (!begins || !ends || bags.offsets[first] < 0) return OFFSETS;
     Walk walk(out.num_rows, first);
     for (int64_t bag = first; bag < last; ++bag, ++walk) {
-        if (bags.offsets[bag] < 0 || bags.size(bag) < 0 || bags.offsets[bag + 1] > given.num_ids) return OFFSETS;
+        if (bags.offsets[bag + 1] < bags.offsets[bag] || bags.offsets[bag + 1] > given.num_ids) return OFFSETS;
         std::fill_n(out.at(walk), out.dim, 0.0f);
     }
     int64_t feature[BLOCK], row[BLOCK], bag = first;
@@ -249,7 +255,7 @@ template <class Run>
 int in_steps(int64_t end, int64_t step, int64_t num_ids, int64_t num_threads, Run run) {
     const int threads = int(std::min(num_threads, 1 + num_ids / THREAD_IDS));
     int wrong = NOTHING;
-#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(dynamic, 4) reduction(max : wrong)
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(dynamic) reduction(max : wrong)
     for (int64_t begin = 0; begin < end; begin += step) wrong = std::max(wrong, int(run(begin)));
     return wrong;
 }
@@ -263,8 +269,9 @@ int fill(const Out& out, const Ids& given, const Table& table, const void* rows,
                         [&](int64_t begin) { return one_each(table, given, weight, begin, out); });
     }
     const int64_t num_bags = out.num_rows * out.num_features;
-    return in_steps(num_bags, BAGS, given.num_ids, num_threads, [&](int64_t first) {
-        return pool(table, given, weight, bags, first, std::min(first + BAGS, num_bags), out);
+    const int64_t step = std::min(BAGS, 1 + num_bags / (TURNS * num_threads));
+    return in_steps(num_bags, step, given.num_ids, num_threads, [&](int64_t first) {
+        return pool(table, given, weight, bags, first, std::min(first + step, num_bags), out);
     });
 }
 
