@@ -2,7 +2,13 @@
 
 import importlib
 import importlib.util
+import os
 import warnings
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read where triton is imported, as torchrec does: without a GPU it interprets
 
 NEED = {
     "torchrec": ["recblocks/embedding/torchrec.py", "recblocks/embedding/shardable_lookup.py"],

@@ -8,9 +8,6 @@ import torch
 
 torch.set_num_threads(1)
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read where kernels are imported: without a GPU they are interpreted
-
 # "ci" repeats the same examples everywhere, so that a red run is red again; "fuzz" looks for new ones.
 hypothesis.settings.register_profile("ci", max_examples=40, deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.register_profile("fuzz", max_examples=1000, deadline=None, print_blob=True)
