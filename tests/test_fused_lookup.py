@@ -514,6 +514,14 @@ def test_bad_features_are_named_where_all_are_alike_too():
             lookup(dict.fromkeys("abc", wrong))
         with pytest.raises((TypeError, ValueError), match=message):
             lookup(dict.fromkeys("abc", (wrong, int64([0, 3]))))
+        with pytest.raises((TypeError, ValueError), match=message):
+            lookup({"a": ids, "b": wrong, "c": ids})
+        with pytest.raises((TypeError, ValueError), match=message):
+            lookup({**bags, "c": (wrong, int64([0, 1, 3]))})
+        with pytest.raises((TypeError, ValueError), match=message):
+            lookup({**bags, "c": (ids, int64([0, 1, 3]).to(wrong))})
+    with pytest.raises(ValueError, match=r"must have shape \(B\+1,\) with B of at least 0"):
+        lookup(dict.fromkeys("abc", (int64([]), int64([]))))
     with pytest.raises(ValueError, match="same number of rows, got 2 for 'b' and 3 for 'a'"):
         lookup({"a": ids, "b": ids[:2], "c": ids})
     with pytest.raises(TypeError, match=r"features\['b'\]\[1\] must be a torch.Tensor"):
