@@ -462,6 +462,18 @@ def test_c_plus_plus_runs_on_a_cpu_only():
         dispatch.resolve("cpp", torch.device("cuda:0"))
 
 
+def test_inside_a_transform_it_is_plain_torch():
+    seen = []
+
+    def look(x):
+        seen.append(dispatch.resolve("auto", x.device))
+        return x.sum()
+
+    torch.func.vmap(look)(torch.ones(2, 3))
+    torch.func.grad(look)(torch.ones(3))
+    assert seen == [None, None]
+
+
 def test_what_is_exported_needs_torch_alone():
     lookup = trained("auto", "cpu")
     given = {"user": torch.arange(7), **{name: ids for name, ids in batch().items() if name != "user"}}
