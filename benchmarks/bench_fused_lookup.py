@@ -27,6 +27,7 @@ LONGEST = 2, 8  # bags have 0 to so many ids: as many in all as without bags, an
 NUM_BATCHES = 5
 TOLERANCE = 1e-6
 NAMES = [f"feature {number}" for number in range(NUM_FEATURES)]
+BAG_AN_ID = torch.arange(NUM_FEATURES * NUM_ROWS + 1)  # where bags of one id each begin
 
 Batch = dict[str, Tensor] | dict[str, tuple[Tensor, Tensor]]
 Form = Callable[[Batch], Tensor]
@@ -113,8 +114,7 @@ def all_at_once(known: Tensor, weight: Tensor, unseen: Tensor) -> Form:
         rows = torch.where(vocabulary[found.clamp(max=num_ids - 1)] == ids, found, num_ids + feature)
         if offsets is None:  # a bag an id, for torch reads ahead in bags
             rows = rows.view(NUM_FEATURES, NUM_ROWS).t().flatten()
-            every = torch.arange(NUM_FEATURES * NUM_ROWS + 1)
-            found = functional.embedding_bag(rows, whole, every, mode="sum", include_last_offset=True)
+            found = functional.embedding_bag(rows, whole, BAG_AN_ID, mode="sum", include_last_offset=True)
             return found.view(NUM_ROWS, -1)
         return columns(functional.embedding_bag(rows, whole, offsets, mode="sum", include_last_offset=True))
 
@@ -142,8 +142,7 @@ def fbgemm(known: Tensor, weight: Tensor, unseen: Tensor, batches: list[Batch]) 
             of = feature == at
             place = torch.searchsorted(vocabularies[at], ids[of]).clamp(max=NUM_IDS - 1)
             rows[of] = torch.where(vocabularies[at][place] == ids[of], order[at][place], NUM_IDS)
-        every = torch.arange(NUM_FEATURES * NUM_ROWS + 1)
-        given[id(batch)] = rows, every if offsets is None else offsets
+        given[id(batch)] = rows, BAG_AN_ID if offsets is None else offsets
     return lambda batch: tables(*given[id(batch)])
 
 

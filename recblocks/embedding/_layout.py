@@ -172,12 +172,11 @@ class Layout:
             return self.pack(features, device).groups
         if features.made_for != self.made_for:
             self._refuse("features", features.made_for)
-        for group in features.groups:
-            for one in (group.ids, group.feature, group.offsets, group.sizes):
-                if one is not None:
-                    _checks.integers("features", one)
-                    if one.device != device:
-                        raise ValueError(f"features must be packed on {device} like the lookup, got {one.device}")
+        every = ((group.ids, group.feature, group.offsets, group.sizes) for group in features.groups)
+        for one in (tensor for tensors in every for tensor in tensors if tensor is not None):
+            _checks.integers("features", one)
+            if one.device != device:
+                raise ValueError(f"features must be packed on {device} like the lookup, got {one.device}")
         return features.groups
 
     def _refuse(self, argument: str, made_for: str) -> None:

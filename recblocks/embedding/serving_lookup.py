@@ -55,9 +55,7 @@ class ServingLookup(nn.Module):
     Args:
         lookup: what is served; it may go on training.
         dtype: of the rows: torch.float32, torch.float16, or torch.int8 with a scale a row, as `quantize_rows` makes.
-        backend: "auto" takes Triton's kernels on CUDA, where Triton is installed, C++ on a CPU, where there is a
-            compiler (it is built when it is first needed, in a second, and kept in the user's cache folder), and plain
-            torch elsewhere and for what is exported. "reference" is plain torch.
+        backend: like `FusedEmbeddingLookup`'s.
 
     Raises:
         TypeError, ValueError: for something else.

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from recblocks._files import replacing, user_cache
+from recblocks.kernels.fused_lookup.asked import Asked
 
 _SOURCE = pathlib.Path(__file__).with_name("lookup.cpp")
 _FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fPIC", "-shared")
@@ -124,48 +125,32 @@ def library() -> ctypes.CDLL:
             return _load(user_cache() / name)  # where nothing in the folder for scratch files may be run
 
 
-def fill_rows(
-    found: Tensor,
-    ids: Tensor,
-    feature: Tensor,
-    places: Tensor,
-    keys: Tensor,
-    rows: Tensor,
-    hashed: Tensor,
-    begins: Tensor,
-    repeat: int,
-) -> None:
+def fill_rows(found: Tensor, asked: Asked, repeat: int) -> None:
     """What `lookup_rows` gives, into ``found``; all are contiguous."""
-    given = _given(ids, feature, repeat), _table(places, keys, rows, hashed, begins)
-    wrong = library().fill_rows(found.data_ptr(), *given, torch.get_num_threads())
+    wrong = library().fill_rows(found.data_ptr(), *_given(asked, repeat), torch.get_num_threads())
     if wrong:
-        raise _error(wrong, feature, places, None)
+        raise _error(wrong, asked, None)
 
 
 def fill_vectors(
     out: Tensor,
-    ids: Tensor,
-    feature: Tensor,
-    places: Tensor,
-    keys: Tensor,
-    rows: Tensor,
-    hashed: Tensor,
-    begins: Tensor,
+    asked: Asked,
     weight: Tensor,
     scale: Tensor | None,
     offsets: Tensor | None,
+    *,
     repeat: int,
     num_rows: int,
     mean: bool,
 ) -> None:
     """What `lookup_vectors` gives, into ``out``, by rows; all are contiguous."""
-    given = _given(ids, feature, repeat), _table(places, keys, rows, hashed, begins)
     num_columns = out.numel() // (num_rows * weight.shape[1])
     where = _Out(out.data_ptr(), num_rows, num_columns, weight.shape[1])
     rows_of = weight.data_ptr(), _ELEMENTS.index(weight.dtype), weight.shape[0], _pointer(scale)
-    wrong = library().fill_vectors(where, *given, *rows_of, _pointer(offsets), mean, torch.get_num_threads())
+    how = _pointer(offsets), mean, torch.get_num_threads()
+    wrong = library().fill_vectors(where, *_given(asked, repeat), *rows_of, *how)
     if wrong:
-        raise _error(wrong, feature, places, offsets)
+        raise _error(wrong, asked, offsets)
 
 
 def _keep(path: pathlib.Path) -> bool:
@@ -188,29 +173,27 @@ def _load(path: pathlib.Path) -> ctypes.CDLL:
     return built
 
 
-def _given(ids: Tensor, feature: Tensor, repeat: int) -> _Ids:
-    return _Ids(ids.data_ptr(), ids.numel(), feature.data_ptr(), repeat)
-
-
-def _table(places: Tensor, keys: Tensor, rows: Tensor, hashed: Tensor, begins: Tensor) -> _Table:
-    pointers = (one.data_ptr() for one in (keys, rows, hashed))
-    parts = begins.data_ptr(), begins.shape[0] - 1
-    return _Table(places.data_ptr(), places.shape[1], *pointers, keys.shape[0], *parts)
+def _given(asked: Asked, repeat: int) -> tuple[_Ids, _Table]:
+    ids, feature, places, keys, rows, hashed, begins = (one.data_ptr() for one in asked)
+    buckets, parts = asked.keys.shape[0], asked.begins.shape[0] - 1
+    table = _Table(places, asked.places.shape[1], keys, rows, hashed, buckets, begins, parts)
+    return _Ids(ids, asked.ids.numel(), feature, repeat), table
 
 
 def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def _error(wrong: int, feature: Tensor, places: Tensor, offsets: Tensor | None) -> Exception:
+def _error(wrong: int, asked: Asked, offsets: Tensor | None) -> Exception:
     """What is wrong, by the numbers that `lookup.cpp` gives."""
     if wrong == 1:
-        least, most = feature.aminmax()
-        return IndexError(f"feature must be from 0 to {places.shape[1] - 1}, got {int(least)} to {int(most)}")
+        least, most = asked.feature.aminmax()
+        return IndexError(f"feature must be from 0 to {asked.places.shape[1] - 1}, got {int(least)} to {int(most)}")
     if wrong == 2 and offsets is not None:
         some = ", ".join(map(str, offsets[:9].tolist()))
         return ValueError(f"offsets must ascend from 0 to the number of ids, got {some}, ...")
-    return IndexError(f"places must name parts of the id table and rows of the weight, got {places[:, :9].tolist()}")
+    some_places = asked.places[:, :9].tolist()
+    return IndexError(f"places must name parts of the id table and rows of the weight, got {some_places}")
 
 
 def _build(command: list[str], path: pathlib.Path) -> bool:

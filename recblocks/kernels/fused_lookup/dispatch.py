@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor
 from recblocks import _checks
 from recblocks.kernels.dispatch import transformed
 from recblocks.kernels.fused_lookup import cpp
+from recblocks.kernels.fused_lookup.asked import Asked
 
 BACKENDS = ("auto", "reference", "cpp", "triton")
 
@@ -68,11 +68,11 @@ def lookup_rows(
         begins: (P + 1,) int64.
         backend: what `resolve` says.
     """
-    _check_tensors(ids, (feature, places, keys, hashed, begins), rows)
+    asked = Asked(ids, feature, places, keys, rows, hashed, begins)
+    asked.check()
     found = torch.empty(ids.shape, dtype=torch.int64, device=ids.device)
     if ids.numel():
-        given = _contiguous(ids, feature, places, keys, rows, hashed, begins)
-        _kernels(backend).fill_rows(found, *given, _repeat(ids, feature))
+        _kernels(backend).fill_rows(found, asked.contiguous(), _repeat(ids, feature))
     return found
 
 
@@ -114,50 +114,43 @@ def lookup_vectors(
         TypeError, ValueError: tensors of another dtype or device, or ids, or bags, that are no whole number for each
             feature.
     """
-    _check_tensors(ids, (feature, places, keys, hashed, begins, offsets), rows, weight, scale)
+    asked = Asked(ids, feature, places, keys, rows, hashed, begins)
+    asked.check(offsets, weight, scale)
     if scale is not None:
         _checks.tensor("scale", scale, weight.shape[0], dtype=torch.float32)
     out = _vectors_like(ids, weight, offsets, num_features)
     if out.numel():
-        given = _contiguous(ids, feature, places, keys, rows, hashed, begins, weight)
+        weight = weight.contiguous()
         scale, offsets = (None if one is None else one.contiguous() for one in (scale, offsets))
         repeat = _repeat(ids, feature) if offsets is None else _repeat(offsets[1:], feature)
         if num_features is None:
             num_rows = 1
         elif (num_rows := out.shape[0]) * num_features != (ids.numel() if offsets is None else offsets.numel() - 1):
             raise ValueError(f"num_features must divide the ids, or bags, got {num_features}")
-        _kernels(backend).fill_vectors(out, *given, scale, offsets, repeat, num_rows, mean)
+        _kernels(backend).fill_vectors(
+            out, asked.contiguous(), weight, scale, offsets, repeat=repeat, num_rows=num_rows, mean=mean
+        )
     return out
 
 
 @lookup_rows.register_fake
-def _(ids: Tensor, *others: Any) -> Tensor:
-    feature, places, keys, rows, hashed, begins, _ = others
-    _check_tensors(ids, (feature, places, keys, hashed, begins), rows)
-    return torch.empty_like(ids, memory_format=torch.contiguous_format)
+def _(*given: Any) -> Tensor:
+    asked = Asked(*given[:7])
+    asked.check()
+    return torch.empty_like(asked.ids, memory_format=torch.contiguous_format)
 
 
 @lookup_vectors.register_fake
-def _(ids: Tensor, *others: Any) -> Tensor:
-    feature, places, keys, rows, hashed, begins, weight, scale, offsets, num_features, *_ = others
-    _check_tensors(ids, (feature, places, keys, hashed, begins, offsets), rows, weight, scale)
-    return _vectors_like(ids, weight, offsets, num_features)
+def _(*given: Any) -> Tensor:
+    asked, (weight, scale, offsets, num_features) = Asked(*given[:7]), given[7:11]
+    asked.check(offsets, weight, scale)
+    return _vectors_like(asked.ids, weight, offsets, num_features)
 
 
 def _vectors_like(ids: Tensor, weight: Tensor, offsets: Tensor | None, num_features: int | None) -> Tensor:
     num = ids.numel() if offsets is None else offsets.shape[0] - 1
     shape = ids.shape if num_features is None else (num // num_features, num_features)
     return torch.empty((*shape, weight.shape[1]), dtype=torch.float32, device=weight.device)
-
-
-def _check_tensors(ids: Tensor, integers: Sequence[Tensor | None], *others: Tensor | None) -> None:
-    """Kernels read memory as what they expect: refuse ids and integers that are not int64, and another device."""
-    for one in (ids, *integers):
-        if one is not None and one.dtype != torch.int64:
-            raise TypeError(f"ids and what says where to look must be int64, got {one.dtype}")
-    for one in (*integers, *others):
-        if one is not None and one.device != ids.device:
-            raise ValueError(f"all must be on one device, got {ids.device} and {one.device}")
 
 
 def _repeat(given: Tensor, feature: Tensor) -> int:
@@ -170,7 +163,3 @@ def _repeat(given: Tensor, feature: Tensor) -> int:
 
 def _kernels(backend: str) -> ModuleType:
     return importlib.import_module(f"recblocks.kernels.fused_lookup.{backend}")
-
-
-def _contiguous(*tensors: Tensor) -> list[Tensor]:
-    return [tensor.contiguous() for tensor in tensors]

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from recblocks._hashing import FIRST, GOLDEN, signed
+from recblocks.kernels.fused_lookup.asked import Asked
 
 BUCKET = 8
 _LOW_32 = tl.constexpr((1 << 32) - 1)
@@ -160,45 +161,30 @@ def bags(
     tl.store(out + to * DIM + column, total, column < DIM)
 
 
-def fill_rows(
-    found: Tensor,
-    ids: Tensor,
-    feature: Tensor,
-    places: Tensor,
-    keys: Tensor,
-    rows: Tensor,
-    hashed: Tensor,
-    begins: Tensor,
-    repeat: int,
-) -> None:
+def fill_rows(found: Tensor, asked: Asked, repeat: int) -> None:
     """What `lookup_rows` gives, into ``found``; all are contiguous."""
-    sizes = sizes_of(1)
-    tensors = ids, feature, places, keys, rows, hashed, begins, ids, ids, found, found
-    numbers = ids.numel(), repeat, 1, places.shape[1], keys.shape[0]
-    one_each[_grid(ids, sizes)](*tensors, *numbers, SCALED=False, GATHERS=False, **sizes)
+    sizes, ids = sizes_of(1), asked.ids
+    numbers = ids.numel(), repeat, 1, asked.places.shape[1], asked.keys.shape[0]
+    one_each[_grid(ids, sizes)](*asked, ids, ids, found, found, *numbers, SCALED=False, GATHERS=False, **sizes)
 
 
 def fill_vectors(
     out: Tensor,
-    ids: Tensor,
-    feature: Tensor,
-    places: Tensor,
-    keys: Tensor,
-    rows: Tensor,
-    hashed: Tensor,
-    begins: Tensor,
+    asked: Asked,
     weight: Tensor,
     scale: Tensor | None,
     offsets: Tensor | None,
+    *,
     repeat: int,
     num_rows: int,
     mean: bool,
 ) -> None:
     """What `lookup_vectors` gives, into ``out``, by rows; all are contiguous."""
     sizes: dict[str, Any] = {"SCALED": scale is not None, **sizes_of(weight.shape[1])}
-    given = ids, feature, places, keys, rows, hashed, begins, weight, weight if scale is None else scale
-    numbers = repeat, num_rows, places.shape[1], keys.shape[0]
+    given = *asked, weight, weight if scale is None else scale
+    numbers = repeat, num_rows, asked.places.shape[1], asked.keys.shape[0]
     if offsets is None:
+        ids = asked.ids
         found = torch.empty(ids.shape, dtype=torch.int64, device=ids.device)
         one_each[_grid(ids, sizes)](*given, found, out, ids.numel(), *numbers, GATHERS=True, **sizes)
     else:

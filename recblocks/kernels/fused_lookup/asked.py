@@ -1,0 +1,40 @@
+"""What the fused lookup's operators are asked, as every backend takes it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Asked(NamedTuple):
+    """Ids, and where to look for them."""
+
+    ids: Tensor
+    """(...) int64, or (F, B)."""
+    feature: Tensor
+    """Numbers of features, int64, each for as many ids, or bags, one after the other."""
+    places: Tensor
+    """(4, features) int64, what `recblocks.embedding._gather.lookup_rows` takes of each feature."""
+    keys: Tensor
+    """(B, 8) int64."""
+    rows: Tensor
+    """(B, 8) int32."""
+    hashed: Tensor
+    """(3,) int64."""
+    begins: Tensor
+    """(P + 1,) int64."""
+
+    def check(self, offsets: Tensor | None = None, *others: Tensor | None) -> None:
+        """Kernels read memory as what they expect: refuse ids and integers that are not int64, and another device."""
+        for one in (*self._replace(rows=self.keys), offsets):
+            if one is not None and one.dtype != torch.int64:
+                raise TypeError(f"ids and what says where to look must be int64, got {one.dtype}")
+        for one in (*self, offsets, *others):
+            if one is not None and one.device != self.ids.device:
+                raise ValueError(f"all must be on one device, got {self.ids.device} and {one.device}")
+
+    def contiguous(self) -> Asked:
+        """The same, each in one piece of memory."""
+        return Asked(*(one.contiguous() for one in self))
