@@ -11,6 +11,7 @@ from torch import Tensor
 
 from recblocks import _checks
 from recblocks._hashing import LOW_32, mix, signed, splitmix, unmix
+from recblocks._memory import in_huge_pages
 
 BUCKET = 8  # keys side by side: one cache line of 64 bytes
 CHUNK = 1 << 15  # ids at a time, so that they stay in cache and little is held beside the tables
@@ -205,11 +206,12 @@ def place(slots: Slots, hashes: Tensor, given: Tensor, changes: Changes | None =
 
 def empty(num_buckets: int, device: torch.device | str | int | None) -> tuple[Tensor, Tensor]:
     """Keys and rows of buckets in which nothing stands."""
-    keys = torch.empty(num_buckets, BUCKET, dtype=torch.int64, device=device)
+    keys = in_huge_pages(torch.empty(num_buckets, BUCKET, dtype=torch.int64, device=device))
+    rows = in_huge_pages(torch.empty(num_buckets, BUCKET, dtype=torch.int32, device=device))
     for begin in range(0, num_buckets, CHUNK):
         bucket = torch.arange(begin, min(begin + CHUNK, num_buckets), device=device)
         keys[begin : begin + CHUNK] = key_of_nothing(bucket, num_buckets)[:, None]
-    return keys, torch.full((num_buckets, BUCKET), -1, dtype=torch.int32, device=device)
+    return keys, rows.fill_(-1)
 
 
 def key_of_nothing(bucket: Tensor, num_buckets: int) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from recblocks import _checks
 from recblocks._files import replacing
 from recblocks._hashing import GOLDEN, signed
+from recblocks._memory import copied
 from recblocks.embedding import _buckets, _free_rows
 from recblocks.embedding._id_table_state import LAYOUT, MOST_ROWS, SAVED, capacities_of, check_sketch, check_state
 from recblocks.sketch import CountMinSketch
@@ -359,7 +360,7 @@ class IdTable(nn.Module):
             setattr(self, name, torch.empty_like(tensor, device=getattr(self, name).device))
         super()._load_from_state_dict(state_dict, prefix, *args)
         for name in given:  # with assign=True they are the giver's
-            setattr(self, name, getattr(self, name).clone(memory_format=torch.contiguous_format))
+            setattr(self, name, copied(getattr(self, name)))
         self._count_rows()
         self._num_writes -= 1  # what was loaded stays as it was saved
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from recblocks import _checks
+from recblocks._memory import copied, in_huge_pages
 from recblocks.embedding._buckets import BUCKET, Slots, empty, hash_of, num_buckets_of
 from recblocks.embedding._gather import kernel_vectors, pool, restore_dtypes, rows_of
 from recblocks.embedding._id_table_state import capacities_of
@@ -96,9 +97,10 @@ class ServingLookup(nn.Module):
         self.dtype, self.layout, self._capacities = dtype, lookup.layout, lookup.table.capacities
         with lookup.table.reading("a copy"):
             for name, tensor in (*lookup.table.slots._asdict().items(), ("places", lookup.places)):
-                self.register_buffer(name, tensor.clone())
+                self.register_buffer(name, copied(tensor))
             for dim, weight in lookup.weights.items():
-                rows, scale = quantize_rows(weight) if dtype == torch.int8 else (weight.to(dtype, copy=True), None)
+                rows, scale = quantize_rows(weight) if dtype == torch.int8 else (weight, None)
+                rows = copied(rows.detach(), dtype)
                 if not weight.is_meta and bool((rows.isinf() & weight.isfinite()).any()):
                     raise ValueError(f"lookup must have weights that {dtype} can hold, got {weight.abs().max().item()}")
                 self.register_buffer(f"weight_{dim}", rows.detach())
@@ -184,5 +186,6 @@ class ServingLookup(nn.Module):
             self._capacities = capacities
             for name, tensor in own.items():
                 if tensor.shape != state_dict[prefix + name].shape:
-                    setattr(self, name, torch.empty_like(state_dict[prefix + name], device=tensor.device))
+                    fresh = torch.empty_like(state_dict[prefix + name], device=tensor.device)
+                    setattr(self, name, in_huge_pages(fresh))
         super()._load_from_state_dict(state_dict, prefix, *args)
