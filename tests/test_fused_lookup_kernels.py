@@ -87,7 +87,7 @@ def test_rows_are_those_of_plain_torch(backend, device, num_tables, num_rows):
     assert torch.equal(dispatch.lookup_rows(strided, feature, places, *lookup.table.slots, backend), want)
 
 
-@pytest.mark.parametrize("dim", [1, 3, 8, 17, 100])
+@pytest.mark.parametrize("dim", [1, 3, 16, 17, 100])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.int8])
 def test_vectors_and_bags_are_those_of_plain_torch(backend, device, dim, dtype):
     lookup = make(dim, device)
@@ -115,12 +115,13 @@ def test_vectors_and_bags_are_those_of_plain_torch(backend, device, dim, dtype):
             torch.testing.assert_close(got, by_row, rtol=0, atol=5e-3 if dtype == torch.int8 else 5e-4)
 
 
+@pytest.mark.parametrize("dim", [5, 16])
 @pytest.mark.parametrize("num_rows", [1, 7, 64, 65, 200])
-def test_one_id_each_comes_out_row_by_row(backend, device, num_rows):
-    lookup = make(5, device)
+def test_one_id_each_comes_out_row_by_row(backend, device, num_rows, dim):
+    lookup = make(dim, device)
     num_features = len(lookup.layout.features)
     ids, feature = some_ids(device, num_features, num_rows), torch.arange(num_features, device=device)[:, None]
-    weight = lookup.weights["5"].detach()
+    weight = lookup.weights[str(dim)].detach()
     given = ids, feature, lookup.places, *lookup.table.slots, weight
     got = dispatch.lookup_vectors(*given, None, None, num_features, False, backend)
     rows = lookup_rows(ids, lookup.table.slots, lookup.places[:, feature])

@@ -8,6 +8,11 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <vector>
+
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
 
 namespace {
 
@@ -16,7 +21,9 @@ constexpr int64_t BLOCK = 64;        // ids at a time
 constexpr int64_t BAGS = 256;        // bags at a time, at most
 constexpr int64_t TURNS = 8;         // of a thread, at least: whoever is done early takes another's
 constexpr int64_t THREAD_IDS = 512;  // ids that are worth a thread
+constexpr int64_t SUMS = 32768;      // numbers in the sums of bags that are made at a time, at most
 constexpr int64_t AHEAD = 256;       // bytes of a row that are asked for; the CPU itself reads on from there
+constexpr int64_t LINE = 64;         // bytes of a line of the caches
 
 constexpr uint64_t GOLDEN = 0x9E3779B97F4A7C15, FIRST = 0xBF58476D1CE4E5B9;
 
@@ -132,8 +139,11 @@ class Walk {
 public:
     Walk(int64_t repeat, int64_t begin) : number(begin / repeat), passed(begin % repeat), repeat(repeat) {}
 
-    void operator++() {
-        if (++passed == repeat) {
+    void operator++() { go(1); }
+
+    void go(int64_t by) {
+        passed += by;
+        if (passed == repeat) {
             passed = 0;
             ++number;
         }
@@ -164,7 +174,7 @@ struct Weight {
             if (row[i] < 0 || row[i] >= num_rows) return ROW;
             const char* first = reinterpret_cast<const char*>(rows + row[i] * dim);
             const int64_t bytes = std::min<int64_t>(dim * sizeof(Element), AHEAD);
-            for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(first + byte);
+            for (int64_t byte = 0; byte < bytes; byte += LINE) __builtin_prefetch(first + byte);
         }
         return NOTHING;
     }
@@ -176,9 +186,11 @@ struct Weight {
         for (int64_t column = 0; column < dim; ++column) put(column, as_float(given[column]) * by);
     }
 
-    void copy(int64_t row, float* out) const {
-        if (std::is_same<Element, float>::value && !scale) std::memcpy(out, rows + row * dim, dim * sizeof(float));
-        else each(row, [out](int64_t column, float value) { out[column] = value; });
+    // The vector of a row, where it is or else made in a place that is given.
+    const float* vector(int64_t row, float* place) const {
+        if (std::is_same<Element, float>::value && !scale) return reinterpret_cast<const float*>(rows + row * dim);
+        each(row, [place](int64_t column, float value) { place[column] = value; });
+        return place;
     }
 
     void add(int64_t row, float* out) const {
@@ -191,7 +203,24 @@ struct Out {
     float* vectors;
     int64_t num_rows, num_features, dim;
 
-    float* at(const Walk& walk) const { return vectors + (walk.passed * num_features + walk.number) * dim; }
+    // Past the caches where a vector fills whole lines of them: else each line would be read before it is written.
+    void put(const float* vector, const Walk& walk) const {
+        float* to = vectors + (walk.passed * num_features + walk.number) * dim;
+#ifdef __SSE2__
+        if (dim * sizeof(float) % LINE == 0 && reinterpret_cast<uintptr_t>(to) % LINE == 0) {
+            for (int64_t at = 0; at < dim; at += 4) _mm_stream_ps(to + at, _mm_loadu_ps(vector + at));
+            return;
+        }
+#endif
+        std::memcpy(to, vector, dim * sizeof(float));
+    }
+
+    // What was put past the caches is to be seen by other threads.
+    void finish() const {
+#ifdef __SSE2__
+        _mm_sfence();
+#endif
+    }
 };
 
 template <class Element>
@@ -201,8 +230,10 @@ Wrong one_each(const Table& table, const Ids& given, const Weight<Element>& weig
     Wrong wrong = look_up(table, given, begin, count, row);
     if (!wrong) wrong = weight.ask_for(row, count);
     if (wrong) return wrong;
+    std::vector<float> place(out.dim);
     Walk walk(out.num_rows, begin);
-    for (int64_t i = 0; i < count; ++i, ++walk) weight.copy(row[i], out.at(walk));
+    for (int64_t i = 0; i < count; ++i, ++walk) out.put(weight.vector(row[i], place.data()), walk);
+    out.finish();
     return NOTHING;
 }
 
@@ -220,33 +251,40 @@ Wrong pool(const Table& table, const Ids& given, const Weight<Element>& weight, 
     const bool begins = first > 0 || bags.offsets[0] == 0;
     const bool ends = last < out.num_rows * out.num_features || bags.offsets[last] == given.num_ids;
     if (!begins || !ends || bags.offsets[first] < 0) return OFFSETS;
-    Walk walk(out.num_rows, first);
-    for (int64_t bag = first; bag < last; ++bag, ++walk) {
+    for (int64_t bag = first; bag < last; ++bag) {
         if (bags.offsets[bag + 1] < bags.offsets[bag] || bags.offsets[bag + 1] > given.num_ids) return OFFSETS;
-        std::fill_n(out.at(walk), out.dim, 0.0f);
     }
+    std::vector<float> sums((last - first) * out.dim);
     int64_t feature[BLOCK], row[BLOCK], bag = first;
-    float* sum[BLOCK];
+    float *sum[BLOCK], *of_bag = sums.data();
     const int64_t end = bags.offsets[last];
     Walk numbers(given.repeat, first);
-    walk = Walk(out.num_rows, first);
     for (int64_t begin = bags.offsets[first]; begin < end; begin += BLOCK) {
         const int64_t count = std::min(BLOCK, end - begin);
-        for (int64_t i = 0; i < count; ++i) {
-            for (; begin + i >= bags.offsets[bag + 1]; ++bag, ++walk) ++numbers;
+        for (int64_t i = 0; i < count;) {  // an id, or the end of a bag, at a time: no jump that the CPU must guess
+            const bool ends = begin + i >= bags.offsets[bag + 1];
             feature[i] = given.feature[numbers.number];
-            sum[i] = out.at(walk);
+            sum[i] = of_bag;
+            i += !ends;
+            bag += ends;
+            of_bag += ends * out.dim;
+            numbers.go(ends);
         }
         Wrong wrong = look_up(table, given.ids + begin, feature, count, row);
         if (!wrong) wrong = weight.ask_for(row, count);
         if (wrong) return wrong;
         for (int64_t i = 0; i < count; ++i) weight.add(row[i], sum[i]);
     }
-    walk = Walk(out.num_rows, first);
-    for (bag = first; bags.mean && bag < last; ++bag, ++walk) {
-        const float size = float(std::max<int64_t>(bags.size(bag), 1));
-        for (int64_t column = 0; column < out.dim; ++column) out.at(walk)[column] /= size;
+    of_bag = sums.data();
+    Walk walk(out.num_rows, first);
+    for (bag = first; bag < last; ++bag, ++walk, of_bag += out.dim) {
+        if (bags.mean) {
+            const float size = float(std::max<int64_t>(bags.size(bag), 1));
+            for (int64_t column = 0; column < out.dim; ++column) of_bag[column] /= size;
+        }
+        out.put(of_bag, walk);
     }
+    out.finish();
     return NOTHING;
 }
 
@@ -269,7 +307,8 @@ int fill(const Out& out, const Ids& given, const Table& table, const void* rows,
                         [&](int64_t begin) { return one_each(table, given, weight, begin, out); });
     }
     const int64_t num_bags = out.num_rows * out.num_features;
-    const int64_t step = std::min(BAGS, 1 + num_bags / (TURNS * num_threads));
+    const int64_t most = std::max<int64_t>(std::min(BAGS, SUMS / out.dim), 1);
+    const int64_t step = std::min(most, 1 + num_bags / (TURNS * num_threads));
     return in_steps(num_bags, step, given.num_ids, num_threads, [&](int64_t first) {
         return pool(table, given, weight, bags, first, std::min(first + step, num_bags), out);
     });
