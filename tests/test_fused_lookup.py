@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional
 
 import recblocks
@@ -491,9 +492,10 @@ BAD = {
 }
 
 
-def test_bad_features_are_named_where_all_are_alike_too():
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_bad_features_are_named_where_all_are_alike_too(backend):
     tables, features = {"t": EmbeddingTable(9, 2)}, {name: IdFeature("t") for name in "abc"}
-    lookup, ids = FusedEmbeddingLookup(tables, features), int64([1, 2, 3])
+    lookup, ids = FusedEmbeddingLookup(tables, features, backend=backend), int64([1, 2, 3])
     bags = dict.fromkeys("abc", (ids, int64([0, 1, 3])))
     assert lookup(bags).pooled.shape == (2, 6)
     for offsets, message in (
@@ -565,6 +567,55 @@ def test_a_packed_batch_of_another_dtype_or_device_is_refused(backend):
             for grad in (True, False):
                 with torch.set_grad_enabled(grad), pytest.raises(error, match=says):
                     lookup(packed._replace(groups=groups))
+
+
+@st.composite
+def alike(draw):
+    """The bags of some features, of two widths, and a table for each; or one id each."""
+    num_rows, in_bags = draw(st.integers(0, 4)), draw(st.booleans())
+    most = 3 if in_bags else 1
+    bags = st.lists(IDS, min_size=0 if in_bags else 1, max_size=most)
+    given = draw(st.lists(st.lists(bags, min_size=num_rows, max_size=num_rows), min_size=1, max_size=5))
+    wide = draw(st.lists(st.booleans(), min_size=len(given), max_size=len(given)))
+    return given, wide, in_bags
+
+
+@given(alike(), st.sampled_from(["auto", "reference"]), st.sampled_from(["", "ids", "offsets"]), st.booleans())
+def test_features_that_are_alike_are_laid_side_by_side(drawn, backend, strided, turned):
+    given, wide, in_bags = drawn
+    names = [f"f{at}" for at in range(len(given))]
+    tables = {name: EmbeddingTable(9, 3 if one else 2) for name, one in zip(names, wide, strict=True)}
+    lookup = FusedEmbeddingLookup(tables, {name: IdFeature(name) for name in names}, backend=backend)
+    batch = {}
+    for name, bags in zip(names, given, strict=True):
+        ids, offsets = jagged(bags)
+        ids = ids.repeat_interleave(2)[::2] if strided == "ids" else ids
+        offsets = offsets.repeat_interleave(2)[::2] if strided == "offsets" else offsets
+        batch[name] = (ids, offsets) if in_bags else ids
+    packed = lookup.pack(dict(reversed(batch.items())) if turned else batch)
+    assert len(packed.groups) == len(set(wide))
+    for group in packed.groups:
+        own = [at for at, name in enumerate(names) if name in group.names]
+        assert group.names == tuple(names[at] for at in own)
+        assert group.feature.tolist() == [[at] for at in own]
+        flat = [bag for at in own for bag in given[at]]
+        assert group.ids.flatten().tolist() == [one for bag in flat for one in bag]
+        if in_bags:
+            assert group.offsets.tolist() == [0, *itertools.accumulate(map(len, flat))]
+            assert group.sizes.tolist() == [sum(map(len, given[at])) for at in own]
+        else:
+            assert (group.offsets, group.sizes) == (None, None)
+            assert group.ids.shape == (len(own), len(given[0]))
+
+
+def test_what_is_traced_packs_other_batches_too():
+    lookup = FusedEmbeddingLookup({"t": EmbeddingTable(9, 2)}, {name: IdFeature("t") for name in "ab"})
+
+    def packed_ids(one, other):
+        return lookup.pack({"a": one, "b": other}).groups[0].ids
+
+    traced = make_fx(packed_ids)(int64([1, 2]), int64([3, 4]))
+    assert traced(int64([5, 6]), int64([7, 8])).tolist() == [[5, 6], [7, 8]]
 
 
 def test_more_ids_than_rows_are_an_error_and_none_is_inserted():

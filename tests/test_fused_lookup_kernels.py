@@ -1,6 +1,7 @@
 """The kernels of the fused lookup against plain torch: C++ on a CPU; Triton on a GPU, or else in its interpreter."""
 
 import importlib.util
+import itertools
 import os
 import subprocess
 import sys
@@ -396,6 +397,61 @@ def test_any_number_of_threads_gives_the_same():
         assert torch.equal(found[kind], found[kind + 3])
         assert torch.equal(found[kind], found[kind + 6])
     assert torch.equal(found[0], lookup_rows(ids, lookup.table.slots, lookup.places[:, feature]))
+
+
+@needs_compiler
+@pytest.mark.parametrize("dim", [16, 40_000])
+def test_bags_that_are_summed_some_at_a_time_are_those_of_plain_torch(dim):
+    lookup = make(dim, "cpu")
+    ids, numbers = some_ids("cpu", 700), torch.tensor([[4], [0], [3]])
+    sizes = torch.randint(0, 3, (3 * (300 if dim == 16 else 2),), generator=torch.Generator().manual_seed(5))
+    offsets = functional.pad(sizes.cumsum(0), (1, 0))
+    ids = ids.repeat(2)[: offsets[-1]]
+    weight = lookup.weights[str(dim)].detach()
+    rows = lookup_rows(
+        ids, lookup.table.slots, lookup.places[:, numbers.repeat(1, len(sizes) // 3).flatten().repeat_interleave(sizes)]
+    )
+    got = dispatch.lookup_vectors(
+        ids, numbers, lookup.places, *lookup.table.slots, weight, None, offsets, 3, False, "cpp"
+    )
+    want = functional.embedding_bag(rows, weight, offsets, mode="sum", include_last_offset=True)
+    assert torch.equal(got, want.view(3, -1, dim).transpose(0, 1))  # two numbers, in any order
+
+
+@needs_compiler
+def test_c_plus_plus_lays_features_side_by_side_where_it_looks_them_up(monkeypatch):
+    laid = []
+    monkeypatch.setattr(cpp, "lay", lambda *given, lay=cpp.lay: laid.append(len(given[0])) or lay(*given))
+    for backend, want in (("auto", [2]), ("cpp", [2]), ("reference", [])):
+        tables, features = {"t": EmbeddingTable(9, 2)}, {"a": IdFeature("t"), "b": IdFeature("t")}
+        lookup = FusedEmbeddingLookup(tables, features, backend=backend)
+        for one in (lookup, ServingLookup(lookup, backend=backend)):
+            for call in (one, one.pack):
+                laid.clear()
+                call(dict.fromkeys("ab", torch.arange(3)))
+                assert laid == want
+
+
+@needs_compiler
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_features_are_laid_side_by_side_by_any_number_of_threads(threads):
+    sizes = [0, 700, 1, 1500, 64, 0, 900]
+    ids = [torch.arange(size) + 10_000 * at for at, size in enumerate(sizes)]
+    offsets = [torch.tensor([0, size // 3, size]) for size in sizes]
+    torch.set_num_threads(threads)
+    try:
+        every, begins, counts = cpp.lay(ids, offsets)
+        assert torch.equal(every, torch.cat(ids))
+        assert counts.tolist() == sizes
+        ends = list(itertools.accumulate(sizes))
+        starts = [end - size for end, size in zip(ends, sizes, strict=True)]
+        want = [[start, start + size // 3] for start, size in zip(starts, sizes, strict=True)]
+        assert begins.tolist() == [*itertools.chain(*want), ends[-1]]
+        for wrong, size in enumerate(sizes):
+            for bad in ([1, size, size], [0, 0, size + 1], [0, size + 1, size], [0, -1, size]):
+                assert cpp.lay(ids, [*offsets[:wrong], torch.tensor(bad), *offsets[wrong + 1 :]]) is None
+    finally:
+        torch.set_num_threads(1)
 
 
 @needs_compiler

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from recblocks import _checks
 from recblocks.embedding._id_table_state import MOST_ROWS
+from recblocks.kernels.dispatch import watched
+from recblocks.kernels.fused_lookup import cpp
 
 Ids: TypeAlias = Tensor | tuple[Tensor, Tensor]
 _Kind: TypeAlias = Literal["one", "each", "sum", "mean"]
@@ -107,6 +109,7 @@ class Layout:
         self.order = sorted(self.tables, key=lambda name: self.tables[name].dim)
         self.dims = sorted({one.dim for one in self.tables.values()})
         self.dim_of = {name: self.tables[one.table].dim for name, one in self.features.items()}
+        self._names = tuple(self.features)
         self._place = {name: number for number, name in enumerate(self.features)}
         self._plain_kinds = [self._kinds(dict.fromkeys(features, single)) for single in (False, True)]
         self.pooled = [name for name, one in self.features.items() if one.pooling is not None]
@@ -166,10 +169,12 @@ class Layout:
         if places.tolist() != self.places(capacities):
             raise ValueError(f"state_dict['{prefix}places'] must be those of its tables and features, got others")
 
-    def groups(self, features: Mapping[str, Ids] | PackedIds, device: torch.device) -> Sequence[Group]:
-        """Those of a batch, packed or not."""
+    def groups(
+        self, features: Mapping[str, Ids] | PackedIds, device: torch.device, backend: str | None
+    ) -> Sequence[Group]:
+        """Those of a batch, packed or not; ``backend`` is like `pack`'s."""
         if not isinstance(features, PackedIds):
-            return self.pack(features, device).groups
+            return self.pack(features, device, backend).groups
         if features.made_for != self.made_for:
             self._refuse("features", features.made_for)
         every = ((group.ids, group.feature, group.offsets, group.sizes) for group in features.groups)
@@ -185,9 +190,9 @@ class Layout:
             if theirs.get(name) != own:
                 raise ValueError(f"{argument} must be of a lookup with {name} {own}, got {theirs.get(name)}")
 
-    def pack(self, features: Mapping[str, Ids], device: torch.device) -> PackedIds:
-        """Lay a batch side by side."""
-        groups = self._plain_groups(features, device)
+    def pack(self, features: Mapping[str, Ids], device: torch.device, backend: str | None) -> PackedIds:
+        """Lay a batch side by side; ``backend`` is what `dispatch.resolve` says."""
+        groups = self._plain_groups(features, device, backend)
         if groups is None:
             self._check(features, device)
             kinds = self._kinds({name: isinstance(ids, Tensor) and ids.ndim == 1 for name, ids in features.items()})
@@ -236,18 +241,14 @@ class Layout:
             numbers = self._numbers(names, ids[0].device)
             of = [number.expand(math.prod(shape)) for number, shape in zip(numbers, shapes, strict=True)]
             return Group(kind, tuple(names), shapes, torch.cat(ids), torch.cat(of), None, None)
-        return self._bags(kind, names, ids, None if kind == "one" else torch.stack([_offsets(*one) for one in given]))
+        return self._bags(kind, names, *_lay(ids, None if kind == "one" else [_offsets(*one) for one in given]))
 
-    def _bags(self, kind: _Kind, names: list[str], ids: list[Tensor], offsets: Tensor | None) -> Group:
-        """Features that pool; offsets are (F, B + 1), None is one id in each bag."""
-        every, numbers = torch.cat(ids), self._numbers(names, ids[0].device)
+    def _bags(self, kind: _Kind, names: list[str], ids: Tensor, offsets: Tensor | None, sizes: Tensor | None) -> Group:
+        """Features that pool, laid side by side; without offsets each has one id in each bag."""
+        numbers = self._numbers(names, ids.device)
         if offsets is None:
-            whole = every.view(len(names), ids[0].shape[0])
-            return Group(kind, tuple(names), (), whole, numbers, None, None)
-        sizes = offsets[:, -1]
-        begins = (sizes.cumsum(0) - sizes)[:, None] + offsets[:, :-1]
-        flat = torch.cat([begins.flatten(), every.new_full((1,), every.shape[0])])
-        return Group(kind, tuple(names), (), every, numbers, flat, sizes)
+            return Group(kind, tuple(names), (), ids.view(len(names), -1), numbers, None, None)
+        return Group(kind, tuple(names), (), ids, numbers, offsets, sizes)
 
     def _numbers(self, names: list[str], device: torch.device) -> Tensor:
         """(F, 1) the numbers of these features."""
@@ -256,13 +257,17 @@ class Layout:
             return numbers
         return torch.cat([numbers[self._place[name]] for name in names])[:, None]
 
-    def _plain_groups(self, features: Mapping[str, Ids], device: torch.device) -> tuple[Group, ...] | None:
+    def _plain_groups(
+        self, features: Mapping[str, Ids], device: torch.device, backend: str | None
+    ) -> tuple[Group, ...] | None:
         """Of hundreds of features, all given alike, that are seen to be right at once; None: each must be looked at."""
         if torch.compiler.is_compiling() or not isinstance(features, Mapping):
             return None
         if features.keys() != self.features.keys() or len(self.pooled) < len(self.features):
             return None
-        given: list[Any] = [features[name] for name in self.features]
+        if tuple(features) != self._names:
+            features = {name: features[name] for name in self._names}
+        given: list[Any] = list(features.values())
         ids, offsets = given, None
         if set(map(type, given)) == {tuple} and set(map(len, given)) == {2}:
             ids, offsets = map(list, zip(*given, strict=True))
@@ -272,18 +277,19 @@ class Layout:
             return None
         if set(map(_DEVICE, every)) != {device} or len(set(map(_SHAPE, alike))) > 1 or alike[0].ndim != 1:
             return None
-        begins = None
-        if offsets is not None:
-            if set(map(_NDIM, ids)) != {1} or not offsets[0].shape[0]:
-                return None
-            begins = torch.stack(offsets)
-            if _checks.readable(begins) and not _run(begins, ids):
-                return None
+        if offsets is not None and (set(map(_NDIM, ids)) != {1} or not offsets[0].shape[0]):
+            return None
+        in_cpp = backend == "cpp" and not watched() and all(map(Tensor.is_contiguous, every))
         groups = []
         for kind, names in self._plain_kinds[offsets is None]:
-            at = [self._place[name] for name in names]
-            own = begins if begins is None or len(at) == len(given) else begins[at]
-            groups.append(self._bags(kind, names, [ids[one] for one in at], own))
+            theirs = ids, offsets
+            if len(names) < len(given):
+                at = [self._place[name] for name in names]
+                theirs = [ids[one] for one in at], None if offsets is None else [offsets[one] for one in at]
+            laid = cpp.lay(*theirs) if in_cpp else _lay(*theirs) if _run(*theirs) else None
+            if laid is None:
+                return None
+            groups.append(self._bags(kind, names, *laid))
         return tuple(groups)
 
     def _check(self, features: Mapping[str, Ids], device: torch.device) -> None:
@@ -327,8 +333,22 @@ def holds_all(state_dict: Mapping[str, object], wanted: Sequence[str]) -> bool:
     return not absent
 
 
-def _run(begins: Tensor, ids: Sequence[Tensor]) -> bool:
-    """Whether the offsets of each feature, (F, B + 1), run from 0 to as many ids as it has, and never back."""
+def _lay(ids: list[Tensor], offsets: list[Tensor] | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """What `cpp.lay` gives, of offsets that run as they must."""
+    every = torch.cat(ids)
+    if offsets is None:
+        return every, None, None
+    begins = torch.stack(offsets)
+    sizes = begins[:, -1]
+    moved = (sizes.cumsum(0) - sizes)[:, None] + begins[:, :-1]
+    return every, torch.cat([moved.flatten(), every.new_full((1,), every.shape[0])]), sizes
+
+
+def _run(ids: list[Tensor], offsets: list[Tensor] | None) -> bool:
+    """Whether offsets run from 0 to as many ids as there are, and never back, where that can be read."""
+    if offsets is None or not _checks.readable(offsets[0]):
+        return True
+    begins = torch.stack(offsets)
     ends = torch.tensor([one.numel() for one in ids], device=begins.device)
     runs = (begins[:, 0] == 0) & (begins[:, -1] == ends)
     return bool(runs.all() & (begins[:, 1:] >= begins[:, :-1]).all())

@@ -159,6 +159,10 @@ class FusedEmbeddingLookup(nn.Module):
         return dtype
 
     @property
+    def _backend(self) -> str | None:
+        return dispatch.resolve(self.backend, self.places.device)
+
+    @property
     def columns(self) -> dict[str, slice]:
         """Where each feature that pools stands in the columns of the pooled vectors."""
         return self.layout.columns
@@ -199,8 +203,8 @@ class FusedEmbeddingLookup(nn.Module):
         """
         compiling = torch.compiler.is_compiling()
         with contextlib.nullcontext() if compiling else self.table.reading("a lookup"):
-            groups = self.layout.groups(features, self.places.device)
-            backend, slots = dispatch.resolve(self.backend, self.places.device), self.table.slots
+            backend, slots = self._backend, self.table.slots
+            groups = self.layout.groups(features, self.places.device, backend)
             # Of other dtypes torch rounds the sums of bags as it goes, and training must give what this gives.
             if backend is not None and not torch.is_grad_enabled() and self._dtype == torch.float32:
                 weights = {dim: weight.detach() for dim, weight in self.weights.items()}
@@ -224,7 +228,7 @@ class FusedEmbeddingLookup(nn.Module):
         Raises:
             TypeError, ValueError: like `forward`'s.
         """
-        return self.layout.pack(features, self.places.device)
+        return self.layout.pack(features, self.places.device, self._backend)
 
     def insert(
         self, features: Mapping[str, Ids] | PackedIds, *, generator: torch.Generator | None = None
@@ -244,7 +248,8 @@ class FusedEmbeddingLookup(nn.Module):
             TypeError, ValueError: like `forward`'s; `TableFull` for more new ids than a table has rows for.
             RuntimeError: the table is read or written meanwhile; or ids that no hash function can place.
         """
-        ids, feature = without_row(self.layout.groups(features, self.places.device), self.table, self.places)
+        groups = self.layout.groups(features, self.places.device, self._backend)
+        ids, feature = without_row(groups, self.table, self.places)
         ids, order = ids.sort()
         draw = functools.partial(self._draw, generator)
         return give_rows(self.table, self.layout, ids, self.places[0, feature[order]], draw)

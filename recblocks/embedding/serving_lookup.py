@@ -103,7 +103,7 @@ class ServingLookup(nn.Module):
                 rows = copied(rows.detach(), dtype)
                 if not weight.is_meta and bool((rows.isinf() & weight.isfinite()).any()):
                     raise ValueError(f"lookup must have weights that {dtype} can hold, got {weight.abs().max().item()}")
-                self.register_buffer(f"weight_{dim}", rows.detach())
+                self.register_buffer(f"weight_{dim}", rows)
                 self.register_buffer(f"scale_{dim}", None if scale is None else scale.detach())
 
     def reset_parameters(self) -> None:
@@ -117,9 +117,9 @@ class ServingLookup(nn.Module):
 
     def forward(self, features: Mapping[str, Ids] | PackedIds) -> Vectors:
         """Look all features up, like `FusedEmbeddingLookup.forward`."""
-        groups = self.layout.groups(features, self.places.device)
+        backend = self._backend
+        groups = self.layout.groups(features, self.places.device, backend)
         slots = Slots(self.keys, self.rows, self.hashed, self.begins)
-        backend = dispatch.resolve(self.backend, self.keys.device)
         if backend is not None:
             weights = {str(dim): self.get_buffer(f"weight_{dim}") for dim in self.layout.dims}
             quantized = self.dtype == torch.int8
@@ -132,7 +132,7 @@ class ServingLookup(nn.Module):
 
     def pack(self, features: Mapping[str, Ids]) -> PackedIds:
         """Lay the ids of all features side by side, like `FusedEmbeddingLookup.pack`."""
-        return self.layout.pack(features, self.places.device)
+        return self.layout.pack(features, self.places.device, self._backend)
 
     def get_extra_state(self) -> Tensor:
         """What the lookup was made for."""
@@ -144,6 +144,10 @@ class ServingLookup(nn.Module):
     def extra_repr(self) -> str:
         """Name the dtype of the rows, and how many features there are."""
         return f"dtype={self.dtype}, num_features={len(self.layout.features)}"
+
+    @property
+    def _backend(self) -> str | None:
+        return dispatch.resolve(self.backend, self.places.device)
 
     def _vectors(self, group: Group, rows: Tensor) -> Tensor:
         dim = self.layout.dim_of[group.names[0]]

@@ -171,8 +171,8 @@ class ShardableLookup(nn.Module):
         """Look all features up, like `FusedEmbeddingLookup.forward`, with the collections' gradients."""
         compiling = torch.compiler.is_compiling()
         with contextlib.nullcontext() if compiling else self.table.reading("a lookup"):
-            groups = self.layout.groups(features, self.places.device)
-            rows = rows_of(groups, self.table.slots, self.places, dispatch.resolve("auto", self.places.device))
+            groups = self._groups(features)
+            rows = rows_of(groups, self.table.slots, self.places, self._backend)
         pooled = [(group, their) for group, their in zip(groups, rows, strict=True) if group.kind != "each"]
         each = [(group, their) for group, their in zip(groups, rows, strict=True) if group.kind == "each"]
         unpooled = {name: vectors for group, their in each for name, vectors in self._each(group, their).items()}
@@ -181,7 +181,7 @@ class ShardableLookup(nn.Module):
 
     def pack(self, features: Mapping[str, Ids]) -> PackedIds:
         """Lay the ids of all features side by side, like `FusedEmbeddingLookup.pack`."""
-        return self.layout.pack(features, self.places.device)
+        return self.layout.pack(features, self.places.device, self._backend)
 
     def insert(
         self,
@@ -206,7 +206,7 @@ class ShardableLookup(nn.Module):
             RuntimeError: the table is read or written meanwhile, or ranks hold other numbers of ids.
         """
         try:
-            new, problem = without_row(self.layout.groups(features, self.places.device), self.table, self.places), None
+            new, problem = without_row(self._groups(features), self.table, self.places), None
         except (TypeError, ValueError) as error:
             new, problem = (self.places[0, :0], self.places[0, :0]), error
         every, generator = self._agree(torch.stack(new, 1), problem, generator, group)
@@ -215,6 +215,13 @@ class ShardableLookup(nn.Module):
         ids, order = every[:, 0].sort()
         draw = functools.partial(self._draw, _collections.weights_of(self.collections), generator)
         return give_rows(self.table, self.layout, ids, self.places[0, every[order, 1]], draw)
+
+    @property
+    def _backend(self) -> str | None:
+        return dispatch.resolve("auto", self.places.device)
+
+    def _groups(self, features: Mapping[str, Ids] | PackedIds) -> Sequence[Group]:
+        return self.layout.groups(features, self.places.device, self._backend)
 
     def _agree(
         self,

@@ -46,6 +46,11 @@ def transformed() -> bool:
     return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
+def watched() -> bool:
+    """Whether torch's compiler, a transform or a mode has to see each operator that is called now."""
+    return torch.compiler.is_compiling() or transformed() or torch._C._len_torch_dispatch_stack() > 0
+
+
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Keep matrix products in the dtype of their arguments, whatever the caller's autocast says."""
     if not torch.amp.is_autocast_available(device.type):

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <numeric>
 #include <type_traits>
 #include <vector>
 
@@ -314,7 +315,38 @@ int fill(const Out& out, const Ids& given, const Table& table, const void* rows,
     });
 }
 
+// The ids of features that lie here and there, and where the bags of each begin among its own, if they are in bags.
+struct Apart {
+    const int64_t* const* ids;
+    const int64_t* sizes;           // how many ids of each
+    const int64_t* const* offsets;  // (num_rows + 1,) of each, or null
+    int64_t num_features, num_rows;
+};
+
+// Whether the offsets run from 0 to the number of ids; they are put down as they run behind ``begin`` ids.
+bool move_offsets(const int64_t* offsets, int64_t num_rows, int64_t num_ids, int64_t begin, int64_t* to) {
+    bool descend = false;
+    for (int64_t row = 0; row < num_rows; ++row) {
+        to[row] = begin + offsets[row];
+        descend |= offsets[row + 1] < offsets[row];
+    }
+    return !descend && offsets[0] == 0 && offsets[num_rows] == num_ids;
+}
+
 }  // namespace
+
+// Lays features side by side: their ids (N,), and where their bags begin and the last one ends (F B + 1,).
+extern "C" int lay(const Apart* apart, int64_t* ids, int64_t* offsets, int64_t num_threads) {
+    std::vector<int64_t> begins(apart->num_features + 1);
+    std::partial_sum(apart->sizes, apart->sizes + apart->num_features, begins.begin() + 1);
+    if (apart->offsets) offsets[apart->num_features * apart->num_rows] = begins.back();
+    return in_steps(apart->num_features, 1, begins.back(), num_threads, [&](int64_t at) {
+        const int64_t size = apart->sizes[at], rows = apart->num_rows, begin = begins[at];
+        std::copy_n(apart->ids[at], size, ids + begin);
+        if (!apart->offsets) return NOTHING;
+        return move_offsets(apart->offsets[at], rows, size, begin, offsets + at * rows) ? NOTHING : OFFSETS;
+    });
+}
 
 extern "C" int fill_rows(int64_t* found, const Ids* given, const Table* table, int64_t num_threads) {
     return in_steps(given->num_ids, BLOCK, given->num_ids, num_threads, [&](int64_t begin) {
