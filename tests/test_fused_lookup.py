@@ -526,6 +526,12 @@ def test_bad_features_are_named_where_all_are_alike_too(backend):
         lookup(dict.fromkeys("abc", (int64([]), int64([]))))
     with pytest.raises(ValueError, match="same number of rows, got 2 for 'b' and 3 for 'a'"):
         lookup({"a": ids, "b": ids[:2], "c": ids})
+    with pytest.raises(ValueError, match=r"features\['b'\] must have shape \(N\)"):
+        lookup({**bags, "b": (ids[:, None], int64([0, 1, 3]))})
+    with pytest.raises(ValueError, match="same number of rows, got 3 for 'b' and 2 for 'a'"):
+        lookup({**bags, "b": ids})
+    with pytest.raises(ValueError, match=r"features\['b'\]\[1\] must run from 0 to 3"):
+        lookup({"a": ids[:2], "b": (ids, int64([0, 1, 2])), "c": ids[:2]})
     with pytest.raises(TypeError, match=r"features\['b'\]\[1\] must be a torch.Tensor"):
         lookup({**bags, "b": (ids, None)})
     with pytest.raises(TypeError, match=r"features\['b'\] must be a torch.Tensor"):
@@ -570,42 +576,42 @@ def test_a_packed_batch_of_another_dtype_or_device_is_refused(backend):
 
 
 @st.composite
-def alike(draw):
-    """The bags of some features, of two widths, and a table for each; or one id each."""
-    num_rows, in_bags = draw(st.integers(0, 4)), draw(st.booleans())
-    most = 3 if in_bags else 1
-    bags = st.lists(IDS, min_size=0 if in_bags else 1, max_size=most)
-    given = draw(st.lists(st.lists(bags, min_size=num_rows, max_size=num_rows), min_size=1, max_size=5))
-    wide = draw(st.lists(st.booleans(), min_size=len(given), max_size=len(given)))
-    return given, wide, in_bags
+def ids_and_bags(draw):
+    """Of some features the ids of each row; how many each row has, None for any number; and whether it is wide."""
+    num_rows, rows = draw(st.integers(0, 4)), []
+    sizes = draw(st.lists(st.sampled_from([1, 2, None]), min_size=1, max_size=5))
+    for size in sizes:
+        row = st.lists(IDS, min_size=size or 0, max_size=size or 3)
+        rows.append(draw(st.lists(row, min_size=num_rows, max_size=num_rows)))
+    return rows, sizes, draw(st.lists(st.booleans(), min_size=len(rows), max_size=len(rows)))
 
 
-@given(alike(), st.sampled_from(["auto", "reference"]), st.sampled_from(["", "ids", "offsets"]), st.booleans())
-def test_features_that_are_alike_are_laid_side_by_side(drawn, backend, strided, turned):
-    given, wide, in_bags = drawn
-    names = [f"f{at}" for at in range(len(given))]
+@given(ids_and_bags(), st.sampled_from(["auto", "reference"]), st.sampled_from(["", "ids", "offsets"]), st.booleans())
+def test_features_are_laid_side_by_side(drawn, backend, strided, turned):
+    rows, sizes, wide = drawn
+    names = [f"f{at}" for at in range(len(rows))]
     tables = {name: EmbeddingTable(9, 3 if one else 2) for name, one in zip(names, wide, strict=True)}
     lookup = FusedEmbeddingLookup(tables, {name: IdFeature(name) for name in names}, backend=backend)
     batch = {}
-    for name, bags in zip(names, given, strict=True):
+    for name, bags, size in zip(names, rows, sizes, strict=True):
         ids, offsets = jagged(bags)
         ids = ids.repeat_interleave(2)[::2] if strided == "ids" else ids
         offsets = offsets.repeat_interleave(2)[::2] if strided == "offsets" else offsets
-        batch[name] = (ids, offsets) if in_bags else ids
+        batch[name] = (ids, offsets) if size is None else ids.view(-1, size) if size > 1 else ids
     packed = lookup.pack(dict(reversed(batch.items())) if turned else batch)
-    assert len(packed.groups) == len(set(wide))
+    assert len(packed.groups) == len({(one, size == 1) for one, size in zip(wide, sizes, strict=True)})
     for group in packed.groups:
         own = [at for at, name in enumerate(names) if name in group.names]
         assert group.names == tuple(names[at] for at in own)
         assert group.feature.tolist() == [[at] for at in own]
-        flat = [bag for at in own for bag in given[at]]
+        flat = [bag for at in own for bag in rows[at]]
         assert group.ids.flatten().tolist() == [one for bag in flat for one in bag]
-        if in_bags:
+        if sizes[own[0]] != 1:
             assert group.offsets.tolist() == [0, *itertools.accumulate(map(len, flat))]
-            assert group.sizes.tolist() == [sum(map(len, given[at])) for at in own]
+            assert group.sizes.tolist() == [sum(map(len, rows[at])) for at in own]
         else:
             assert (group.offsets, group.sizes) == (None, None)
-            assert group.ids.shape == (len(own), len(given[0]))
+            assert group.ids.shape == (len(own), len(rows[0]))
 
 
 def test_what_is_traced_packs_other_batches_too():

@@ -70,6 +70,21 @@ def features_of(lookup, *shape):
     return torch.randint(len(lookup.layout.features), shape, generator=generator).to(lookup.places.device)
 
 
+def vectors_of(ids, feature, places, keys, rows, hashed, begins, weight, scale, offsets, num_features, mean, backend):
+    """The operator for features of one width: (B, num_features, D), or (..., D) where these are None."""
+    numbers, dim = feature.flatten(), weight.shape[1]
+    outputs = torch.zeros_like(places[4:])
+    outputs[2] = int(mean)
+    if num_features is not None:
+        outputs[1, numbers.clamp(0, places.shape[1] - 1)] = dim * torch.arange(len(numbers), device=places.device)
+    places = torch.cat([places[:4], outputs])
+    scales, pooled = [] if scale is None else [scale], num_features is not None
+    how = [len(numbers)], dim * (num_features or 1), pooled, backend
+    given = ids, feature, places, keys, rows, hashed, begins, [weight], scales, offsets
+    out = dispatch.lookup_vectors(*given, *how)
+    return out.view(len(out), num_features, dim) if pooled else out.view(*ids.shape, dim)
+
+
 @pytest.mark.parametrize("num_tables", [1, 3])
 @pytest.mark.parametrize("num_rows", [1, 2, 13, 32])
 def test_rows_are_those_of_plain_torch(backend, device, num_tables, num_rows):
@@ -91,7 +106,7 @@ def test_rows_are_those_of_plain_torch(backend, device, num_tables, num_rows):
 @pytest.mark.parametrize("dim", [1, 3, 16, 17, 100])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.int8])
 def test_vectors_and_bags_are_those_of_plain_torch(backend, device, dim, dtype):
-    lookup = make(dim, device)
+    lookup = make(dim, device, num_tables=6)
     num_ids, slots = 61, lookup.table.slots
     ids, feature = some_ids(device, num_ids), features_of(lookup, num_ids)
     rows = lookup_rows(ids, slots, lookup.places[:, feature])
@@ -101,15 +116,15 @@ def test_vectors_and_bags_are_those_of_plain_torch(backend, device, dim, dtype):
         scale = torch.rand(len(weight), generator=torch.Generator().manual_seed(3)).to(device)
         want = want * scale[:, None]
     given = lookup.places, *slots, weight, scale
-    assert torch.equal(dispatch.lookup_vectors(ids, feature, *given, None, None, False, backend), want[rows])
+    assert torch.equal(vectors_of(ids, feature, *given, None, None, False, backend), want[rows])
     offsets = torch.tensor([0, 0, 1, 1, 9, 20, 44, 61, 61], device=device)
     for num_features in (1, 2, 4, 8):
-        numbers = features_of(lookup, num_features, 1)
+        numbers = torch.randperm(8, generator=torch.Generator().manual_seed(4))[:num_features, None].to(device)
         of_bags = numbers.expand(-1, 8 // num_features).flatten()
         rows = lookup_rows(ids, slots, lookup.places[:, of_bags.repeat_interleave(offsets.diff())])
         for mode in ("sum", "mean"):
             how = offsets, num_features, mode == "mean", backend
-            got = dispatch.lookup_vectors(ids, numbers, *given, *how)
+            got = vectors_of(ids, numbers, *given, *how)
             bags = functional.embedding_bag(rows, want, offsets, mode=mode, include_last_offset=True)
             by_row = bags.view(num_features, -1, dim).transpose(0, 1)
             # Up to 24 numbers below 127 are added in another order: 24 roundings of at most 3000 by 2**-24.
@@ -124,7 +139,7 @@ def test_one_id_each_comes_out_row_by_row(backend, device, num_rows, dim):
     ids, feature = some_ids(device, num_features, num_rows), torch.arange(num_features, device=device)[:, None]
     weight = lookup.weights[str(dim)].detach()
     given = ids, feature, lookup.places, *lookup.table.slots, weight
-    got = dispatch.lookup_vectors(*given, None, None, num_features, False, backend)
+    got = vectors_of(*given, None, None, num_features, False, backend)
     rows = lookup_rows(ids, lookup.table.slots, lookup.places[:, feature])
     assert torch.equal(got, weight[rows].transpose(0, 1))
 
@@ -136,12 +151,12 @@ def test_no_ids_and_no_bags_give_nothing(backend, device):
         given = nothing, feature, lookup.places, *lookup.table.slots
         assert dispatch.lookup_rows(*given, backend).shape == (0,)
         given = *given, lookup.weights["5"].detach(), None
-        assert dispatch.lookup_vectors(*given, None, None, False, backend).shape == (0, 5)
-        assert dispatch.lookup_vectors(*given, None, 3, False, backend).shape == (0, 3, 5)
+        assert vectors_of(*given, None, None, False, backend).shape == (0, 5)
+        assert vectors_of(*given, None, 3, False, backend).shape == (0, 3, 5)
     begin = torch.zeros(1, dtype=torch.int64, device=device)
-    assert dispatch.lookup_vectors(*given, begin, 3, False, backend).shape == (0, 3, 5)
+    assert vectors_of(*given, begin, 3, False, backend).shape == (0, 3, 5)
     only_empty = torch.zeros(4, dtype=torch.int64, device=device)
-    got = dispatch.lookup_vectors(*given, only_empty, 3, True, backend)
+    got = vectors_of(*given, only_empty, 3, True, backend)
     assert torch.equal(got, torch.zeros(1, 3, 5, device=device))
 
 
@@ -152,12 +167,9 @@ def test_features_that_do_not_share_ids_or_bags_alike_are_refused(backend, devic
     with pytest.raises(ValueError, match="feature must have a number for so many of 5 each, got 2"):
         dispatch.lookup_rows(ids, numbers, *given, backend)
     with pytest.raises(ValueError, match="feature must have a number for so many of 5 each, got 2"):
-        dispatch.lookup_vectors(ids, numbers, *given, weight, None, None, 2, False, backend)
+        vectors_of(ids, numbers, *given, weight, None, None, 2, False, backend)
     with pytest.raises(ValueError, match="feature must have a number for so many of 3 each, got 2"):
-        dispatch.lookup_vectors(ids, numbers, *given, weight, None, ids[:4], 2, False, backend)
-    for feature, offsets in ((ids * 0, None), (numbers[:1], ids[:4])):
-        with pytest.raises(ValueError, match="num_features must divide the ids, or bags, got 2"):
-            dispatch.lookup_vectors(ids, feature, *given, weight, None, offsets, 2, False, backend)
+        vectors_of(ids, numbers, *given, weight, None, ids[:4], 2, False, backend)
 
 
 def test_an_id_of_another_part_that_has_the_same_hash_is_not_there(backend, device):
@@ -183,11 +195,11 @@ def test_tensors_may_lie_in_memory_as_they_like(backend, device):
     weight = (100 * lookup.weights["6"].detach()).to(torch.int8)
     scale = torch.rand(len(weight), generator=torch.Generator().manual_seed(3)).to(device)
     given = [ids, numbers, lookup.places, *lookup.table.slots, weight, scale, offsets]
-    want = dispatch.lookup_vectors(*given, 2, True, backend)
+    want = vectors_of(*given, 2, True, backend)
     for at, one in enumerate(given):
         wide = one.repeat_interleave(2, 0)[::2]
         assert not wide.is_contiguous()
-        got = dispatch.lookup_vectors(*given[:at], wide, *given[at + 1 :], 2, True, backend)
+        got = vectors_of(*given[:at], wide, *given[at + 1 :], 2, True, backend)
         assert torch.equal(got, want)
 
 
@@ -199,15 +211,52 @@ def test_tensors_of_another_dtype_or_size_are_refused(backend, device):
         with pytest.raises(TypeError, match=r"ids and what says where to look must be int64, got torch\.int32"):
             dispatch.lookup_rows(*given[:at], given[at].int(), *given[at + 1 : -1], backend)
     with pytest.raises(TypeError, match=r"must be int64, got torch\.int32"):
-        dispatch.lookup_vectors(*given, None, torch.tensor([0, 4]).int().to(device), 1, False, backend)
-    with pytest.raises(ValueError, match="scale must have shape"):
-        dispatch.lookup_vectors(*given, torch.ones(1, device=device), None, None, False, backend)
-    with pytest.raises(TypeError, match="scale must be float32"):
-        dispatch.lookup_vectors(*given, torch.ones(len(given[-1])).double().to(device), None, None, False, backend)
+        vectors_of(*given, None, torch.tensor([0, 4]).int().to(device), 1, False, backend)
+    with pytest.raises(ValueError, match="scales must have shape"):
+        vectors_of(*given, torch.ones(1, device=device), None, None, False, backend)
+    with pytest.raises(TypeError, match="scales must be float32"):
+        vectors_of(*given, torch.ones(len(given[-1])).double().to(device), None, None, False, backend)
     with pytest.raises(ValueError, match="feature must have a number for so many of 4 each, got 0"):
         dispatch.lookup_rows(ids, feature.flatten()[:0], *given[2:-1], backend)
     with pytest.raises(ValueError, match=r"all must be on one device, got .* and meta"):
         dispatch.lookup_rows(ids, feature.to("meta"), *given[2:-1], backend)
+
+
+def test_weights_scales_and_places_that_do_not_fit_are_refused(backend, device):
+    lookup = make(5, device)
+    ids, numbers = some_ids(device, 4), torch.arange(2, device=device)[:, None]
+    weight, slots = lookup.weights["5"].detach(), lookup.table.slots
+    one, scale = [weight, weight], torch.ones(len(weight), device=device)
+    for weights, scales, counts, places, error, says in (
+        (one, [scale], [1, 1], lookup.places, ValueError, "scales must be one a weight, or none, got 1 and 2 weights"),
+        ([weight, weight.half()], [], [1, 1], lookup.places, TypeError, "weights must be of one dtype, got"),
+        (one, [], [2], lookup.places, ValueError, r"counts must be one a weight, 2 in all, got \[2\]"),
+        (one, [], [1, 2], lookup.places, ValueError, r"counts must be one a weight, 2 in all, got \[1, 2\]"),
+        (one, [], [1, 1], lookup.places[:4], ValueError, r"places must have shape \(7, features\), got"),
+    ):
+        given = ids, numbers, places, *slots, weights, scales, None, counts, 10, True, backend
+        with pytest.raises(error, match=says):
+            dispatch.lookup_vectors(*given)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int8])
+@pytest.mark.parametrize("alike", [False, True])
+def test_features_of_all_widths_and_kinds_are_one_call(backend, device, dtype, alike, monkeypatch):
+    dims = {"a": 16, "b": 3, "c": 32, "d": 16, "e": 1, "f": 32}
+    features = {name: IdFeature(name, pooling="mean" if name in "adf" else "sum") for name in dims}
+    lookup = FusedEmbeddingLookup({name: EmbeddingTable(20, dim) for name, dim in dims.items()}, features)
+    lookup.insert(dict.fromkeys(dims, torch.arange(9)))
+    lookup = lookup.to(device)
+    offsets = torch.tensor([0, 2, 2, 3, 6, 6, 7], device=device)
+    given = {name: some_ids(device, 6 if alike or name in "abe" else 7, seed=at) for at, name in enumerate(dims)}
+    given = {name: ids if len(ids) == 6 else (ids, offsets) for name, ids in given.items()}
+    calls, operator = [], dispatch.lookup_vectors
+    monkeypatch.setattr(dispatch, "lookup_vectors", lambda *asked: calls.append(asked) or operator(*asked))
+    got = ServingLookup(lookup, dtype=dtype, backend=backend)(given).pooled
+    assert len(calls) == 1
+    want = ServingLookup(lookup, dtype=dtype, backend="reference")(given).pooled
+    # Three numbers below 1 that may be added in another order: two roundings by at most 2**-25 each.
+    torch.testing.assert_close(got, want, rtol=0, atol=2e-7)
 
 
 # --- the Modules ---
@@ -294,14 +343,19 @@ def test_a_compiled_lookup_keeps_the_kernels_in_one_graph(backend, device, grad)
 
 
 def test_the_operators_pass_torch_s_own_check(backend, device):
-    lookup = trained(backend, device)
-    for group in lookup.pack(batch(device)).groups:
-        given = group.ids, group.feature, lookup.places, *lookup.table.slots
-        torch.library.opcheck(dispatch.lookup_rows, (*given, backend))
-        weight = lookup.weights[str(lookup.layout.dim_of[group.names[0]])].detach()
-        num_features = None if group.kind == "each" else len(group.names)
-        how = group.offsets, num_features, False, backend
-        torch.library.opcheck(dispatch.lookup_vectors, (*given, weight, None, *how))
+    lookup, asked = trained(backend, device), []
+
+    def noted(*given):
+        asked.append(given)
+        return torch.ops.recblocks.fused_lookup_vectors(*given)
+
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(dispatch, "lookup_vectors", noted)
+        lookup(batch(device))
+    assert [given[12] for given in asked] == [False, True]  # the feature that does not pool, and the others at once
+    for given in asked:
+        torch.library.opcheck(dispatch.lookup_vectors, given)
+    torch.library.opcheck(dispatch.lookup_rows, (*asked[0][:7], backend))
 
 
 # --- Triton ---
@@ -314,10 +368,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from recblocks.kernels.fused_lookup import triton as kernel
 
-TYPES = dict.fromkeys(("num_ids", "repeat", "num_rows", "num_features", "num_buckets"), "i32")
+TYPES = dict.fromkeys(("num_ids", "repeat", "num_rows", "num_columns", "num_features", "num_buckets"), "i32")
 TYPES |= {"rows": "*i32", "scale": "*fp32", "out": "*fp32"}
 ptxas = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "ptxas")
-for function, own in ((kernel.one_each, {"GATHERS": True}), (kernel.bags, {"MEAN": True})):
+for function, own in ((kernel.one_each, {"GATHERS": True}), (kernel.bags, {})):
     for weight, scaled in (("*fp32", False), ("*fp16", False), ("*bf16", False), ("*i8", True)):
         for dim in (1, 32, 96, 300):
             fixed = {"SCALED": scaled, **kernel.sizes_of(dim), **own}
@@ -370,7 +424,7 @@ def test_every_half_float_is_read_as_what_it_is():
     weight[rows] = halves()
     feature = torch.zeros(1, 1, dtype=torch.int64)
     given = ids[None], feature, lookup.places, *lookup.table.slots, weight, None, None, 1, False, "cpp"
-    got = dispatch.lookup_vectors(*given)[:, 0]
+    got = vectors_of(*given)[:, 0]
     torch.testing.assert_close(got, halves().float(), rtol=0, atol=0, equal_nan=True)
     assert torch.equal(got.signbit(), halves().float().signbit())
 
@@ -388,9 +442,9 @@ def test_any_number_of_threads_gives_the_same():
         torch.set_num_threads(threads)
         try:
             found.append(dispatch.lookup_rows(*given, "cpp"))
-            found.append(dispatch.lookup_vectors(*given, weight, None, None, None, False, "cpp"))
+            found.append(vectors_of(*given, weight, None, None, None, False, "cpp"))
             bags = ids[: offsets[-1]], torch.arange(4)[:, None], *given[2:], weight, None, offsets, 4, True, "cpp"
-            found.append(dispatch.lookup_vectors(*bags))
+            found.append(vectors_of(*bags))
         finally:
             torch.set_num_threads(1)
     for kind in range(3):
@@ -411,9 +465,7 @@ def test_bags_that_are_summed_some_at_a_time_are_those_of_plain_torch(dim):
     rows = lookup_rows(
         ids, lookup.table.slots, lookup.places[:, numbers.repeat(1, len(sizes) // 3).flatten().repeat_interleave(sizes)]
     )
-    got = dispatch.lookup_vectors(
-        ids, numbers, lookup.places, *lookup.table.slots, weight, None, offsets, 3, False, "cpp"
-    )
+    got = vectors_of(ids, numbers, lookup.places, *lookup.table.slots, weight, None, offsets, 3, False, "cpp")
     want = functional.embedding_bag(rows, weight, offsets, mode="sum", include_last_offset=True)
     assert torch.equal(got, want.view(3, -1, dim).transpose(0, 1))  # two numbers, in any order
 
@@ -465,7 +517,7 @@ def test_bags_that_are_none_are_refused_and_nothing_else_is_read(offsets):
     with pytest.raises(
         ValueError, match=f"offsets must ascend from 0 to the number of ids, got {offsets[0]}, {offsets[1]}"
     ):
-        dispatch.lookup_vectors(*given, None, torch.tensor(offsets), 1, False, "cpp")
+        vectors_of(*given, None, torch.tensor(offsets), 1, False, "cpp")
 
 
 @needs_compiler
@@ -478,13 +530,26 @@ def test_numbers_and_rows_out_of_range_are_refused():
         with pytest.raises(IndexError, match=r"feature must be from 0 to 4, got (-1 to 2|0 to 5)"):
             dispatch.lookup_rows(ids, feature, *given, "cpp")
         with pytest.raises(IndexError, match=r"feature must be from 0 to 4, got (-1 to 2|0 to 5)"):
-            dispatch.lookup_vectors(ids, feature, *given, weight, None, None, None, False, "cpp")
+            vectors_of(ids, feature, *given, weight, None, None, None, False, "cpp")
     feature = torch.tensor([[4]])
     rows = dispatch.lookup_rows(ids, feature, *given, "cpp")
     fewer = weight[: int(rows.max())]
     for offsets in (None, torch.tensor([0, 4])):
-        with pytest.raises(IndexError, match="places must name parts of the id table and rows of the weight, got"):
-            dispatch.lookup_vectors(ids, feature, *given, fewer, None, offsets, 1, False, "cpp")
+        with pytest.raises(IndexError, match="places must name parts of the id table, weights, rows of these and"):
+            vectors_of(ids, feature, *given, fewer, None, offsets, 1, False, "cpp")
+
+
+@needs_compiler
+@pytest.mark.parametrize(("field", "number"), [(4, -1), (4, 2), (5, -1), (5, 6), (5, 2**62)])
+def test_weights_and_columns_that_there_are_not_are_refused(field, number):
+    lookup = make(5, "cpu")
+    ids, weight, places = torch.arange(4), lookup.weights["5"].detach(), lookup.places.clone()
+    places[4:] = torch.tensor([[1, 1, 1, 1, 1], [0, 5, 0, 0, 0], [0, 0, 0, 0, 0]])
+    places[field, 1] = number
+    for feature, offsets, counts in (([0, 1], None, [0, 2]), ([0, 1], torch.arange(5), [0, 2])):
+        given = ids, torch.tensor(feature), places, *lookup.table.slots, [weight[:0, :4], weight], [], offsets
+        with pytest.raises(IndexError, match="places must name parts of the id table, weights, rows of these and"):
+            dispatch.lookup_vectors(*given, counts, 10, True, "cpp")
 
 
 @needs_compiler

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from recblocks._hashing import FIRST, GOLDEN, LOW_32, mix, signed
 from recblocks.embedding._buckets import Changes, Slots, find
-from recblocks.embedding._layout import Group, Layout
+from recblocks.embedding._layout import Group, Layout, Vectors
 from recblocks.embedding.id_table import IdTable, TableFull
 from recblocks.kernels.fused_lookup import dispatch
 
@@ -24,8 +24,8 @@ def lookup_rows(ids: Tensor, slots: Slots, places: Tensor) -> Tensor:
     Args:
         ids: (...) int64.
         slots: of the id table.
-        places: (4, ...) int64, the part, shift, first unseen row and number of unseen rows u of each id's feature;
-            broadcasts against ids.
+        places: (4 or more, ...) int64, the part, shift, first unseen row and number of unseen rows u of each id's
+            feature; broadcasts against ids.
 
     Returns:
         (...) int64.
@@ -38,7 +38,7 @@ def lookup_rows(ids: Tensor, slots: Slots, places: Tensor) -> Tensor:
         >>> lookup_rows(torch.tensor([60, 70, 50]), slots, torch.tensor([[0], [1], [0], [1]]))
         tensor([2, 0, 1])
     """
-    part, shift, first, num_unseen = places.unbind()
+    part, shift, first, num_unseen = places[:4].unbind()
     rows = find(ids, slots, None if slots.begins.shape[0] == 2 else part)
     unseen = ((mix(ids, signed(GOLDEN)) * signed(FIRST) >> 32) & LOW_32) * num_unseen >> 32
     return torch.where(rows < 0, first + unseen, rows + shift)
@@ -56,7 +56,7 @@ def rows_of(groups: Sequence[Group], slots: Slots, places: Tensor, backend: str 
     Args:
         groups: of a batch.
         slots: of the id table.
-        places: (4, F), what `lookup_rows` takes of each feature.
+        places: (4 or more, F), what `lookup_rows` takes of each feature.
         backend: None is plain torch.
     """
 
@@ -82,16 +82,44 @@ def kernel_vectors(
     weights: Mapping[str, Tensor],
     scales: Mapping[str, Tensor],
     layout: Layout,
-) -> Sequence[Tensor]:
-    """What `Layout.vectors` takes, from one kernel for all features of a group; no gradient."""
-    found = []
+) -> Vectors:
+    """All vectors by a kernel, without gradient: those of the features that pool at once, each in its columns."""
+    dims = [str(dim) for dim in layout.dims]
+    whole = [weights[dim] for dim in dims], [scales[dim] for dim in dims if dim in scales]
+    groups = sorted(groups, key=lambda group: layout.dim_of[group.names[0]])
+
+    def look_up(those: Sequence[Group], num_columns: int, pooled: bool) -> Tensor:
+        ids, feature, offsets = _one_behind_the_other(those)
+        each = [(layout.dim_of[group.names[0]], group.feature.numel()) for group in those]
+        counts = [sum(count for of, count in each if of == dim) for dim in layout.dims]
+        how = counts, num_columns, pooled, backend
+        found: Tensor = dispatch.lookup_vectors(ids, feature, places, *slots, *whole, offsets, *how)
+        return found
+
+    in_bags = [group for group in groups if group.kind != "each"]
+    unpooled: dict[str, Tensor] = {}
     for group in groups:
-        dim = str(layout.dim_of[group.names[0]])
-        where = group.ids, group.feature, places, *slots
-        num_features = None if group.kind == "each" else len(group.names)
-        how = group.offsets, num_features, group.kind == "mean", backend
-        found.append(dispatch.lookup_vectors(*where, weights[dim], scales.get(dim), *how))
-    return found
+        if group.kind == "each":
+            unpooled |= group.unpooled(look_up([group], layout.dim_of[group.names[0]], False))
+    num_columns = sum(layout.dim_of[name] for name in layout.pooled)
+    pooled = look_up(in_bags, num_columns, True) if in_bags else places.new_empty(0, 0, dtype=torch.float32)
+    return Vectors(pooled, layout.in_order(unpooled))
+
+
+def _one_behind_the_other(groups: Sequence[Group]) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The ids of several groups, the number of each feature, and where the bags begin, None if each is of one id."""
+    if len(groups) == 1:
+        return groups[0].ids, groups[0].feature, groups[0].offsets
+    ids, feature = torch.cat([group.ids.flatten() for group in groups]), torch.cat([group.feature for group in groups])
+    if all(group.offsets is None for group in groups):
+        return ids, feature, None
+    begins, behind = [], 0
+    for group in groups:
+        num_ids = group.ids.numel()
+        own = torch.arange(num_ids, device=ids.device) if group.offsets is None else group.offsets[:-1]
+        begins.append(own + behind)
+        behind += num_ids
+    return ids, feature, torch.cat([*begins, ids.new_full((1,), behind)])
 
 
 def side_by_side(groups: Sequence[Group]) -> tuple[Tensor, Tensor]:

@@ -75,6 +75,12 @@ class Group(NamedTuple):
             return self.feature
         return torch.repeat_interleave(self.feature.flatten(), self.sizes, output_size=self.ids.shape[0])
 
+    def unpooled(self, vectors: Tensor) -> dict[str, Tensor]:
+        """(..., dim) of each feature, of the (N, dim) of all ids without bags."""
+        flat = torch.split(vectors, [math.prod(shape) for shape in self.shapes])
+        each = zip(self.names, flat, self.shapes, strict=True)
+        return {name: one.view(*shape, vectors.shape[1]) for name, one, shape in each}
+
 
 class PackedIds(NamedTuple):
     """The ids of a batch, side by side: what `FusedEmbeddingLookup.pack` makes of the features one by one."""
@@ -147,13 +153,22 @@ class Layout:
         return {one.dim: one.end for one in self.ranges(capacities)}
 
     def places(self, capacities: Sequence[int]) -> list[list[int]]:
-        """Of each feature: the part of the id table, the shift of a row, its first row for unseen ids, their number."""
+        """What is needed of each feature, (7, F), a row each.
+
+        The part of the id table, the shift of a row, the first row for unseen ids, their number; which weight, by
+        width; the column of the output that it begins in; and whether its bags are means.
+        """
         ranges = self.ranges(capacities)
         first = dict(zip(self.order, itertools.accumulate(capacities, initial=0), strict=False))
         shift = {one.table: one.begin - first[one.table] for one in ranges if one.feature is None}
         unseen = (one for one in ranges if one.feature is not None)  # in the order of the features
         found = [(self.order.index(one.table), shift[one.table], one.begin, one.end - one.begin) for one in unseen]
-        return [list(column) for column in zip(*found, strict=True)]
+        begins = {name: columns.start for name, columns in self.columns.items()}
+        out = [
+            (self.dims.index(self.dim_of[name]), begins.get(name, 0), int(one.pooling == "mean"))
+            for name, one in self.features.items()
+        ]
+        return [list(column) for column in zip(*map(operator.add, found, out), strict=True)]
 
     def described(self) -> Tensor:
         """What a checkpoint must agree with, as bytes."""
@@ -210,20 +225,17 @@ class Layout:
     def vectors(self, groups: Sequence[Group], found: Sequence[Tensor]) -> Vectors:
         """Give each feature its own, of the vectors of each group.
 
-        These are (B, F, dim) of one id each, (B, F, dim) or (F B, dim) of bags, and (N, dim) of each id.
+        These are (B, F, dim) of one id each, (F B, dim) of bags, and (N, dim) of each id.
         """
         unpooled: dict[str, Tensor] = {}
         pooled: dict[str, Tensor] = {}
         whole: Tensor | None = None
         for group, their in zip(groups, found, strict=True):
-            dim = self.dim_of[group.names[0]]
             if group.kind == "each":
-                flat = torch.split(their, [math.prod(shape) for shape in group.shapes])
-                shaped = (one.view(*shape, dim) for one, shape in zip(flat, group.shapes, strict=True))
-                unpooled.update(zip(group.names, shaped, strict=True))
+                unpooled |= group.unpooled(their)
                 continue
             if their.ndim == 2:
-                their = their.view(len(group.names), -1, dim).transpose(0, 1)
+                their = their.view(len(group.names), -1, their.shape[1]).transpose(0, 1)
             if list(group.names) == self.pooled:
                 whole = their.flatten(1)
             else:
@@ -231,7 +243,11 @@ class Layout:
         if whole is None:
             pieces = [pooled[name] for name in self.pooled]
             whole = torch.cat(pieces, 1) if pieces else found[0].new_empty(0, 0)
-        return Vectors(whole, {name: unpooled[name] for name, one in self.features.items() if one.pooling is None})
+        return Vectors(whole, self.in_order(unpooled))
+
+    def in_order(self, unpooled: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The vectors of the features that do not pool, in the order of the features."""
+        return {name: unpooled[name] for name, one in self.features.items() if one.pooling is None}
 
     def _group(self, kind: _Kind, names: list[str], features: Mapping[str, Ids]) -> Group:
         given = [_parts(features[name]) for name in names]
@@ -255,12 +271,14 @@ class Layout:
         numbers = torch.arange(len(self.features), device=device)[:, None]
         if len(names) == len(self.features):
             return numbers
+        if device.type == "cpu":
+            return torch.tensor([[self._place[name]] for name in names])
         return torch.cat([numbers[self._place[name]] for name in names])[:, None]
 
     def _plain_groups(
         self, features: Mapping[str, Ids], device: torch.device, backend: str | None
     ) -> tuple[Group, ...] | None:
-        """Of hundreds of features, all given alike, that are seen to be right at once; None: each must be looked at."""
+        """Of hundreds of features, all ids or bags, that are seen to be right at once; None: each must be looked at."""
         if torch.compiler.is_compiling() or not isinstance(features, Mapping):
             return None
         if features.keys() != self.features.keys() or len(self.pooled) < len(self.features):
@@ -268,25 +286,30 @@ class Layout:
         if tuple(features) != self._names:
             features = {name: features[name] for name in self._names}
         given: list[Any] = list(features.values())
-        ids, offsets = given, None
-        if set(map(type, given)) == {tuple} and set(map(len, given)) == {2}:
-            ids, offsets = map(list, zip(*given, strict=True))
-        every = ids if offsets is None else (*ids, *offsets)
-        alike = ids if offsets is None else offsets
+        in_bags = [type(one) is tuple for one in given]
+        if any(in_bags) and set(map(len, itertools.compress(given, in_bags))) != {2}:
+            return None
+        ids = [one[0] if pair else one for one, pair in zip(given, in_bags, strict=True)]
+        offsets: list[Any] = [one[1] if pair else None for one, pair in zip(given, in_bags, strict=True)]
+        begins, single = list(itertools.compress(offsets, in_bags)), [not pair for pair in in_bags]
+        every = (*ids, *begins)
         if set(map(type, every)) != {Tensor} or set(map(_DTYPE, every)) != {torch.int64}:
             return None
-        if set(map(_DEVICE, every)) != {device} or len(set(map(_SHAPE, alike))) > 1 or alike[0].ndim != 1:
+        if set(map(_DEVICE, every)) != {device} or set(map(_NDIM, every)) != {1}:
             return None
-        if offsets is not None and (set(map(_NDIM, ids)) != {1} or not offsets[0].shape[0]):
+        num_rows = {shape[0] for shape in set(map(_SHAPE, itertools.compress(ids, single)))}
+        num_rows |= {shape[0] - 1 for shape in set(map(_SHAPE, begins))}
+        if len(num_rows) > 1 or min(num_rows) < 0:
             return None
         in_cpp = backend == "cpp" and not watched() and all(map(Tensor.is_contiguous, every))
         groups = []
-        for kind, names in self._plain_kinds[offsets is None]:
-            theirs = ids, offsets
-            if len(names) < len(given):
-                at = [self._place[name] for name in names]
-                theirs = [ids[one] for one in at], None if offsets is None else [offsets[one] for one in at]
-            laid = cpp.lay(*theirs) if in_cpp else _lay(*theirs) if _run(*theirs) else None
+        alike = len(set(single)) == 1
+        for kind, names in (
+            self._plain_kinds[single[0]] if alike else self._kinds(dict(zip(self._names, single, strict=True)))
+        ):
+            at = [self._place[name] for name in names]
+            own, begin = [ids[one] for one in at], None if kind == "one" else [offsets[one] for one in at]
+            laid = cpp.lay(own, begin) if in_cpp else _lay(own, begin) if _run(own, begin) else None
             if laid is None:
                 return None
             groups.append(self._bags(kind, names, *laid))

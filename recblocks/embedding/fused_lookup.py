@@ -208,8 +208,7 @@ class FusedEmbeddingLookup(nn.Module):
             # Of other dtypes torch rounds the sums of bags as it goes, and training must give what this gives.
             if backend is not None and not torch.is_grad_enabled() and self._dtype == torch.float32:
                 weights = {dim: weight.detach() for dim, weight in self.weights.items()}
-                found = kernel_vectors(backend, groups, slots, self.places, weights, {}, self.layout)
-                return self.layout.vectors(groups, found)
+                return kernel_vectors(backend, groups, slots, self.places, weights, {}, self.layout)
             rows = rows_of(groups, slots, self.places, backend)
             if self.gradient in _OPTIMIZERS:
                 return self.layout.vectors(groups, self._trained_vectors(groups, rows))

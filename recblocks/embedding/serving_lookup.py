@@ -124,8 +124,7 @@ class ServingLookup(nn.Module):
             weights = {str(dim): self.get_buffer(f"weight_{dim}") for dim in self.layout.dims}
             quantized = self.dtype == torch.int8
             scales = {str(dim): self.get_buffer(f"scale_{dim}") for dim in self.layout.dims if quantized}
-            found = kernel_vectors(backend, groups, slots, self.places, weights, scales, self.layout)
-            return self.layout.vectors(groups, found)
+            return kernel_vectors(backend, groups, slots, self.places, weights, scales, self.layout)
         rows = rows_of(groups, slots, self.places, None)
         found = [self._vectors(group, their) for group, their in zip(groups, rows, strict=True)]
         return self.layout.vectors(groups, found)
@@ -162,7 +161,7 @@ class ServingLookup(nn.Module):
     def _shapes(self, capacities: list[int]) -> dict[str, tuple[int, ...]]:
         slots = num_buckets_of(sum(capacities)), BUCKET
         shapes: dict[str, tuple[int, ...]] = {"keys": slots, "rows": slots, "hashed": (3,)}
-        shapes |= {"begins": (len(capacities) + 1,), "places": (4, len(self.layout.features))}
+        shapes |= {"begins": (len(capacities) + 1,), "places": (7, len(self.layout.features))}
         for dim, num_rows in self.layout.num_rows(capacities).items():
             shapes |= {f"weight_{dim}": (num_rows, dim), f"scale_{dim}": (num_rows,)}
         return shapes

@@ -16,7 +16,7 @@ class Asked(NamedTuple):
     feature: Tensor
     """Numbers of features, int64, each for as many ids, or bags, one after the other."""
     places: Tensor
-    """(4, features) int64, what `recblocks.embedding._gather.lookup_rows` takes of each feature."""
+    """(4 or more, features) int64, of which rows need four: `recblocks.embedding._layout.Layout.places`."""
     keys: Tensor
     """(B, 8) int64."""
     rows: Tensor

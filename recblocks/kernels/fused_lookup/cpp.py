@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import itertools
 import os
 import pathlib
 import platform
@@ -65,12 +66,28 @@ class _Apart(ctypes.Structure):
     )
 
 
+class _Weight(ctypes.Structure):
+    _fields_ = (
+        ("rows", ctypes.c_void_p),
+        ("num_rows", ctypes.c_int64),
+        ("dim", ctypes.c_int64),
+        ("scale", ctypes.c_void_p),
+    )
+
+
+class _Weights(ctypes.Structure):
+    _fields_ = (
+        ("every", ctypes.POINTER(_Weight)),
+        ("num_weights", ctypes.c_int64),
+        ("element", ctypes.c_int64),
+    )
+
+
 class _Out(ctypes.Structure):
     _fields_ = (
         ("vectors", ctypes.c_void_p),
         ("num_rows", ctypes.c_int64),
-        ("num_features", ctypes.c_int64),
-        ("dim", ctypes.c_int64),
+        ("num_columns", ctypes.c_int64),
     )
 
 
@@ -147,20 +164,19 @@ def fill_rows(found: Tensor, asked: Asked, repeat: int) -> None:
 def fill_vectors(
     out: Tensor,
     asked: Asked,
-    weight: Tensor,
-    scale: Tensor | None,
+    weights: Sequence[Tensor],
+    scales: Sequence[Tensor],
     offsets: Tensor | None,
-    *,
+    counts: Sequence[int],  # noqa: ARG001 (for backends that go by widths)
     repeat: int,
-    num_rows: int,
-    mean: bool,
 ) -> None:
-    """What `lookup_vectors` gives, into ``out``, by rows; all are contiguous."""
-    num_columns = out.numel() // (num_rows * weight.shape[1])
-    where = _Out(out.data_ptr(), num_rows, num_columns, weight.shape[1])
-    rows_of = weight.data_ptr(), _ELEMENTS.index(weight.dtype), weight.shape[0], _pointer(scale)
-    how = _pointer(offsets), mean, torch.get_num_threads()
-    wrong = library().fill_vectors(where, *_given(asked, repeat), *rows_of, *how)
+    """What `lookup_vectors` gives, into ``out``; all are contiguous."""
+    pairs = itertools.zip_longest(weights, scales)
+    every = [_Weight(one.data_ptr(), *one.shape, _pointer(scale)) for one, scale in pairs]
+    given = _Weights((_Weight * len(every))(*every), len(every), _ELEMENTS.index(weights[0].dtype))
+    num_bags = 0 if offsets is None else offsets.numel() - 1
+    where = _Out(out.data_ptr(), *out.shape), *_given(asked, repeat), given
+    wrong = library().fill_vectors(*where, _pointer(offsets), num_bags, torch.get_num_threads())
     if wrong:
         raise _error(wrong, asked, offsets)
 
@@ -202,9 +218,9 @@ def _load(path: pathlib.Path) -> ctypes.CDLL:
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     given = ctypes.POINTER(_Ids), ctypes.POINTER(_Table)
     built.fill_rows.argtypes = [pointer, *given, number]
-    weight, bags = (pointer, number, number, pointer), (pointer, number)
     built.lay.argtypes = [ctypes.POINTER(_Apart), pointer, pointer, number]
-    built.fill_vectors.argtypes = [ctypes.POINTER(_Out), *given, *weight, *bags, number]
+    out_of = ctypes.POINTER(_Out), *given, ctypes.POINTER(_Weights)
+    built.fill_vectors.argtypes = [*out_of, pointer, number, number]
     return built
 
 
@@ -227,8 +243,8 @@ def _error(wrong: int, asked: Asked, offsets: Tensor | None) -> Exception:
     if wrong == 2 and offsets is not None:
         some = ", ".join(map(str, offsets[:9].tolist()))
         return ValueError(f"offsets must ascend from 0 to the number of ids, got {some}, ...")
-    some_places = asked.places[:, :9].tolist()
-    return IndexError(f"places must name parts of the id table and rows of the weight, got {some_places}")
+    what = "parts of the id table, weights, rows of these and columns of the output"
+    return IndexError(f"places must name {what}, got {asked.places[:, :9].tolist()}")
 
 
 def _build(command: list[str], path: pathlib.Path) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -61,7 +62,7 @@ def lookup_rows(
     Args:
         ids: (...) int64, or (F, B).
         feature: of as many numbers as there are ids, int64, or (F, 1).
-        places: (4, features) int64, what is taken there of each feature.
+        places: (4 or more, features) int64, what is taken there of each feature.
         keys: (B, 8) int64.
         rows: (B, 8) int32.
         hashed: (3,) int64.
@@ -85,51 +86,49 @@ def lookup_vectors(
     rows: Tensor,
     hashed: Tensor,
     begins: Tensor,
-    weight: Tensor,
-    scale: Tensor | None,
+    weights: Sequence[Tensor],
+    scales: Sequence[Tensor],
     offsets: Tensor | None,
-    num_features: int | None,
-    mean: bool,
+    counts: Sequence[int],
+    num_columns: int,
+    pooled: bool,
     backend: str,
 ) -> Tensor:
-    """float32 vectors of the ids, or the sum or mean of each bag, (B, num_features, D) or (..., D); no gradient.
+    """float32 vectors of the ids, or the sum or mean of each bag, of features of several widths; no gradient.
 
     Args:
         ids: (...) int64; (N,) with offsets.
-        feature: as `lookup_rows` takes it, int64; (num_features, 1) with offsets.
-        places: (4, features) int64.
+        feature: as `lookup_rows` takes it, int64; of bags, numbers that each stand for so many of them; features of
+            one width one after the other, and the widths in the order of the weights.
+        places: (7, features) int64, as `recblocks.embedding._layout.Layout.places` gives it.
         keys: (B, 8) int64.
         rows: (B, 8) int32.
         hashed: (3,) int64.
         begins: (P + 1,) int64.
-        weight: (R, D) float32, float16, bfloat16 or int8.
-        scale: (R,) float32, what each row is multiplied with.
-        offsets: (num_features B + 1,) int64, where the bags begin and the last one ends.
-        num_features: the ids, or bags, of a feature stand behind those of the one before, and come out row by row;
-            None: ids come out as they stand.
-        mean: instead of the sum.
+        weights: (R, D) of each width; float32, float16, bfloat16 or int8, all of one.
+        scales: (R,) float32 of each weight, what its rows are multiplied with; none, or as many as weights.
+        offsets: int64, where the bags begin and the last one ends.
+        counts: how many numbers of ``feature`` are of features of each weight.
+        num_columns: of the output.
+        pooled: the ids, or bags, of a feature stand behind those of the one before, as many of each, and come out row
+            by row, each in the columns of its feature, every one of which is of one feature; else each has a row.
         backend: what `resolve` says.
+
+    Returns:
+        (ids, or bags, of a feature if pooled, or else of all, num_columns).
 
     Raises:
         TypeError, ValueError: tensors of another dtype or device, or ids, or bags, that are no whole number for each
             feature.
     """
     asked = Asked(ids, feature, places, keys, rows, hashed, begins)
-    asked.check(offsets, weight, scale)
-    if scale is not None:
-        _checks.tensor("scale", scale, weight.shape[0], dtype=torch.float32)
-    out = _vectors_like(ids, weight, offsets, num_features)
+    _check(asked, weights, scales, offsets, counts)
+    out = _vectors_like(asked, offsets, num_columns, pooled)
     if out.numel():
-        weight = weight.contiguous()
-        scale, offsets = (None if one is None else one.contiguous() for one in (scale, offsets))
-        repeat = _repeat(ids, feature) if offsets is None else _repeat(offsets[1:], feature)
-        if num_features is None:
-            num_rows = 1
-        elif (num_rows := out.shape[0]) * num_features != (ids.numel() if offsets is None else offsets.numel() - 1):
-            raise ValueError(f"num_features must divide the ids, or bags, got {num_features}")
-        _kernels(backend).fill_vectors(
-            out, asked.contiguous(), weight, scale, offsets, repeat=repeat, num_rows=num_rows, mean=mean
-        )
+        repeat = _repeat(ids if offsets is None else offsets[1:], feature)
+        weights, scales = ([one.contiguous() for one in every] for every in (weights, scales))
+        offsets = None if offsets is None else offsets.contiguous()
+        _kernels(backend).fill_vectors(out, asked.contiguous(), weights, scales, offsets, counts, repeat)
     return out
 
 
@@ -142,15 +141,32 @@ def _(*given: Any) -> Tensor:
 
 @lookup_vectors.register_fake
 def _(*given: Any) -> Tensor:
-    asked, (weight, scale, offsets, num_features) = Asked(*given[:7]), given[7:11]
-    asked.check(offsets, weight, scale)
-    return _vectors_like(asked.ids, weight, offsets, num_features)
+    asked, (weights, scales, offsets, counts, num_columns, pooled) = Asked(*given[:7]), given[7:13]
+    _check(asked, weights, scales, offsets, counts)
+    return _vectors_like(asked, offsets, num_columns, pooled)
 
 
-def _vectors_like(ids: Tensor, weight: Tensor, offsets: Tensor | None, num_features: int | None) -> Tensor:
-    num = ids.numel() if offsets is None else offsets.shape[0] - 1
-    shape = ids.shape if num_features is None else (num // num_features, num_features)
-    return torch.empty((*shape, weight.shape[1]), dtype=torch.float32, device=weight.device)
+def _check(
+    asked: Asked, weights: Sequence[Tensor], scales: Sequence[Tensor], offsets: Tensor | None, counts: Sequence[int]
+) -> None:
+    asked.check(offsets, *weights, *scales)
+    if scales and len(scales) != len(weights):
+        raise ValueError(f"scales must be one a weight, or none, got {len(scales)} and {len(weights)} weights")
+    for weight, scale in zip(weights, scales, strict=False):
+        _checks.tensor("scales", scale, weight.shape[0], dtype=torch.float32)
+    if len({weight.dtype for weight in weights}) != 1:
+        raise TypeError(f"weights must be of one dtype, got {[weight.dtype for weight in weights]}")
+    if len(counts) != len(weights) or sum(counts) != asked.feature.numel():
+        raise ValueError(f"counts must be one a weight, {asked.feature.numel()} in all, got {list(counts)}")
+    if asked.places.shape[0] != 7:
+        raise ValueError(f"places must have shape (7, features), got {_checks.describe(asked.places)}")
+
+
+def _vectors_like(asked: Asked, offsets: Tensor | None, num_columns: int, pooled: bool) -> Tensor:
+    num_rows = asked.ids.numel() if offsets is None else offsets.shape[0] - 1
+    if pooled and asked.feature.numel():
+        num_rows = num_rows // asked.feature.numel()
+    return torch.empty((num_rows, num_columns), dtype=torch.float32, device=asked.ids.device)
 
 
 def _repeat(given: Tensor, feature: Tensor) -> int:

@@ -31,7 +31,8 @@ constexpr uint64_t GOLDEN = 0x9E3779B97F4A7C15, FIRST = 0xBF58476D1CE4E5B9;
 enum Wrong { NOTHING = 0, FEATURE = 1, OFFSETS = 2, ROW = 3 };
 
 struct Table {
-    const int64_t* places;  // (4, num_features): part, shift, first row for unseen ids, their number
+    // (7, num_features): part, shift, first row for unseen ids, their number; weight, first column, whether a mean
+    const int64_t* places;
     int64_t num_features;
     const int64_t* keys;    // (num_buckets, 8)
     const int32_t* rows;    // (num_buckets, 8)
@@ -39,7 +40,13 @@ struct Table {
     int64_t num_buckets;
     const int64_t* begins;  // (num_parts + 1,)
     int64_t num_parts;
+
+    int64_t of(int64_t feature, int64_t field) const { return places[field * num_features + feature]; }
+
+    bool has(int64_t feature) const { return feature >= 0 && feature < num_features; }
 };
+
+enum Field { PART, SHIFT, FIRST_UNSEEN, NUM_UNSEEN, WEIGHT, COLUMN, MEAN };
 
 struct Ids {
     const int64_t* ids;
@@ -102,18 +109,18 @@ int64_t slot_in(int64_t bucket, uint64_t hash, const Table& table) {
     return found < 0 ? -1 : bucket * BUCKET + found;
 }
 
-// The rows of the weight for up to BLOCK ids; `recblocks.embedding._gather.lookup_rows` is the definition.
+// The rows of the weights for up to BLOCK ids; `recblocks.embedding._gather.lookup_rows` is the definition.
 Wrong look_up(const Table& table, const int64_t* ids, const int64_t* feature, int64_t count, int64_t* found) {
     uint64_t hash[BLOCK];
     int64_t at[BLOCK];
-    const int64_t* place[4];
-    for (int field = 0; field < 4; ++field) place[field] = table.places + field * table.num_features;
+    const int64_t *part = table.places, *shift = part + SHIFT * table.num_features;
+    const int64_t *first = part + FIRST_UNSEEN * table.num_features, *num_unseen = first + table.num_features;
 
     for (int64_t i = 0; i < count; ++i) {
-        if (feature[i] < 0 || feature[i] >= table.num_features) return FEATURE;
-        if (place[0][feature[i]] < 0 || place[0][feature[i]] >= table.num_parts) return ROW;
+        if (!table.has(feature[i])) return FEATURE;
+        if (part[feature[i]] < 0 || part[feature[i]] >= table.num_parts) return ROW;
         const uint64_t mixed = mix(uint64_t(ids[i]) + uint64_t(table.hashed[0]));
-        hash[i] = (mixed + uint64_t(place[0][feature[i]]) * uint64_t(table.hashed[2])) * uint64_t(table.hashed[1]);
+        hash[i] = (mixed + uint64_t(part[feature[i]]) * uint64_t(table.hashed[2])) * uint64_t(table.hashed[1]);
         at[i] = share(hash[i] >> 32, table.num_buckets);
         __builtin_prefetch(table.keys + at[i] * BUCKET);
     }
@@ -124,12 +131,12 @@ Wrong look_up(const Table& table, const int64_t* ids, const int64_t* feature, in
     }
     for (int64_t i = 0; i < count; ++i) {
         if (at[i] < 0) at[i] = slot_in(share(uint32_t(hash[i]), table.num_buckets), hash[i], table);
-        const int64_t row = at[i] < 0 ? -1 : table.rows[at[i]], part = place[0][feature[i]];
-        if (row >= 0 && row >= table.begins[part] && row < table.begins[part + 1]) {
-            found[i] = row + place[1][feature[i]];
+        const int64_t row = at[i] < 0 ? -1 : table.rows[at[i]], own = part[feature[i]];
+        if (row >= 0 && row >= table.begins[own] && row < table.begins[own + 1]) {
+            found[i] = row + shift[feature[i]];
         } else {
             const uint64_t drawn = mix(uint64_t(ids[i]) + GOLDEN) * FIRST >> 32;
-            found[i] = place[2][feature[i]] + share(drawn, place[3][feature[i]]);
+            found[i] = first[feature[i]] + share(drawn, num_unseen[feature[i]]);
         }
     }
     return NOTHING;
@@ -140,11 +147,8 @@ class Walk {
 public:
     Walk(int64_t repeat, int64_t begin) : number(begin / repeat), passed(begin % repeat), repeat(repeat) {}
 
-    void operator++() { go(1); }
-
-    void go(int64_t by) {
-        passed += by;
-        if (passed == repeat) {
+    void operator++() {
+        if (++passed == repeat) {
             passed = 0;
             ++number;
         }
@@ -156,25 +160,41 @@ private:
     int64_t repeat;
 };
 
-// The same for ids that each number of a feature stands for so many of.
-Wrong look_up(const Table& table, const Ids& given, int64_t begin, int64_t count, int64_t* found) {
-    int64_t feature[BLOCK] = {};
+// The feature of each id, where each number stands for so many of them.
+void features_of(const Ids& given, int64_t begin, int64_t count, int64_t* feature) {
     Walk walk(given.repeat, begin);
     for (int64_t i = 0; i < count; ++i, ++walk) feature[i] = given.feature[walk.number];
-    return look_up(table, given.ids + begin, feature, count, found);
 }
 
-template <class Element>
-struct Weight {
-    const Element* rows;  // (num_rows, dim)
+// Run of the first and behind the last of those that are of one feature, and so on; what is wrong in one of them.
+template <class Run>
+Wrong by_feature(const int64_t* feature, int64_t count, Run run) {
+    Wrong wrong = NOTHING;
+    for (int64_t begin = 0, end = 0; begin < count && !wrong; begin = end) {
+        while (end < count && feature[end] == feature[begin]) ++end;
+        wrong = run(begin, end);
+    }
+    return wrong;
+}
+
+// A weight as it is given, and one whose elements are known.
+struct Rows {
+    const void* rows;  // (num_rows, dim)
     int64_t num_rows, dim;
     const float* scale;  // (num_rows,), or null
+};
+
+template <class Element>
+struct Weight : Rows {
+    Weight(const Rows& given) : Rows(given) {}
+
+    const Element* at(int64_t row) const { return static_cast<const Element*>(rows) + row * dim; }
 
     Wrong ask_for(const int64_t* row, int64_t count) const {
+        const int64_t bytes = std::min<int64_t>(dim * sizeof(Element), AHEAD);
         for (int64_t i = 0; i < count; ++i) {
             if (row[i] < 0 || row[i] >= num_rows) return ROW;
-            const char* first = reinterpret_cast<const char*>(rows + row[i] * dim);
-            const int64_t bytes = std::min<int64_t>(dim * sizeof(Element), AHEAD);
+            const char* first = reinterpret_cast<const char*>(at(row[i]));
             for (int64_t byte = 0; byte < bytes; byte += LINE) __builtin_prefetch(first + byte);
         }
         return NOTHING;
@@ -182,14 +202,14 @@ struct Weight {
 
     template <class Put>
     void each(int64_t row, Put put) const {
-        const Element* given = rows + row * dim;
+        const Element* given = at(row);
         const float by = scale ? scale[row] : 1.0f;
         for (int64_t column = 0; column < dim; ++column) put(column, as_float(given[column]) * by);
     }
 
     // The vector of a row, where it is or else made in a place that is given.
     const float* vector(int64_t row, float* place) const {
-        if (std::is_same<Element, float>::value && !scale) return reinterpret_cast<const float*>(rows + row * dim);
+        if (std::is_same<Element, float>::value && !scale) return reinterpret_cast<const float*>(at(row));
         each(row, [place](int64_t column, float value) { place[column] = value; });
         return place;
     }
@@ -199,14 +219,14 @@ struct Weight {
     }
 };
 
-// Where vectors are put: what comes in a feature after the other, so many rows of each, comes out by rows.
+// Where vectors are put: the first so many in a row each, then as many in other columns of the same rows, and so on.
 struct Out {
     float* vectors;
-    int64_t num_rows, num_features, dim;
+    int64_t num_rows, num_columns;
 
     // Past the caches where a vector fills whole lines of them: else each line would be read before it is written.
-    void put(const float* vector, const Walk& walk) const {
-        float* to = vectors + (walk.passed * num_features + walk.number) * dim;
+    void put(const float* vector, int64_t dim, int64_t row, int64_t column) const {
+        float* to = vectors + row * num_columns + column;
 #ifdef __SSE2__
         if (dim * sizeof(float) % LINE == 0 && reinterpret_cast<uintptr_t>(to) % LINE == 0) {
             for (int64_t at = 0; at < dim; at += 4) _mm_stream_ps(to + at, _mm_loadu_ps(vector + at));
@@ -224,68 +244,115 @@ struct Out {
     }
 };
 
+// What one call is about.
 template <class Element>
-Wrong one_each(const Table& table, const Ids& given, const Weight<Element>& weight, int64_t begin, const Out& out) {
-    int64_t row[BLOCK];
-    const int64_t count = std::min(BLOCK, given.num_ids - begin);
-    Wrong wrong = look_up(table, given, begin, count, row);
-    if (!wrong) wrong = weight.ask_for(row, count);
+struct Task {
+    const Out& out;
+    const Ids& given;
+    const Table& table;
+    std::vector<Weight<Element>> weights;
+    int64_t widest;
+
+    Task(const Out& out, const Ids& given, const Table& table, const Rows* every, int64_t num_weights)
+        : out(out), given(given), table(table), weights(every, every + num_weights), widest(0) {
+        for (const auto& weight : weights) widest = std::max(widest, weight.dim);
+    }
+
+    const Weight<Element>& weight_of(int64_t feature) const { return weights[table.of(feature, WEIGHT)]; }
+
+    // Whether there is such a feature, of a weight that there is, and its columns are in the output.
+    Wrong check(int64_t feature) const {
+        if (!table.has(feature)) return FEATURE;
+        const int64_t which = table.of(feature, WEIGHT), column = table.of(feature, COLUMN);
+        if (which < 0 || which >= int64_t(weights.size())) return ROW;
+        return column < 0 || column > out.num_columns - weights[which].dim ? ROW : NOTHING;
+    }
+
+    // The rows of up to BLOCK ids of features that are checked; their lines are asked for.
+    Wrong rows_of(const int64_t* ids, const int64_t* feature, int64_t count, int64_t* row) const {
+        const Wrong wrong = look_up(table, ids, feature, count, row);
+        if (wrong) return wrong;
+        return by_feature(feature, count, [&](int64_t begin, int64_t end) {
+            return weight_of(feature[begin]).ask_for(row + begin, end - begin);
+        });
+    }
+};
+
+template <class Element>
+Wrong one_each(const Task<Element>& task, int64_t begin) {
+    int64_t feature[BLOCK] = {}, row[BLOCK];
+    const int64_t count = std::min(BLOCK, task.given.num_ids - begin);
+    features_of(task.given, begin, count, feature);
+    Wrong wrong = by_feature(feature, count, [&](int64_t at, int64_t) { return task.check(feature[at]); });
+    if (!wrong) wrong = task.rows_of(task.given.ids + begin, feature, count, row);
     if (wrong) return wrong;
-    std::vector<float> place(out.dim);
-    Walk walk(out.num_rows, begin);
-    for (int64_t i = 0; i < count; ++i, ++walk) out.put(weight.vector(row[i], place.data()), walk);
-    out.finish();
+    std::vector<float> place(task.widest);
+    Walk walk(task.out.num_rows, begin);
+    by_feature(feature, count, [&](int64_t at, int64_t end) {
+        const Weight<Element> weight = task.weight_of(feature[at]);
+        const int64_t column = task.table.of(feature[at], COLUMN);
+        for (; at < end; ++at, ++walk) {
+            task.out.put(weight.vector(row[at], place.data()), weight.dim, walk.passed, column);
+        }
+        return NOTHING;
+    });
+    task.out.finish();
     return NOTHING;
 }
 
 struct Bags {
-    const int64_t* offsets;  // (num_features * num_rows + 1,)
-    bool mean;
-
-    int64_t size(int64_t bag) const { return offsets[bag + 1] - offsets[bag]; }
+    const int64_t* offsets;  // (num_bags + 1,)
+    int64_t num_bags;
 };
 
 // Bags first to last - 1; an id is added where it stands in the order of its bag.
 template <class Element>
-Wrong pool(const Table& table, const Ids& given, const Weight<Element>& weight, const Bags& bags, int64_t first,
-           int64_t last, const Out& out) {
+Wrong pool(const Task<Element>& task, const Bags& bags, int64_t first, int64_t last) {
+    const Ids& given = task.given;
     const bool begins = first > 0 || bags.offsets[0] == 0;
-    const bool ends = last < out.num_rows * out.num_features || bags.offsets[last] == given.num_ids;
+    const bool ends = last < bags.num_bags || bags.offsets[last] == given.num_ids;
     if (!begins || !ends || bags.offsets[first] < 0) return OFFSETS;
+    int64_t of_bag[BAGS] = {}, sum_of[BAGS] = {}, size = 0;
+    features_of(given, first, last - first, of_bag);
     for (int64_t bag = first; bag < last; ++bag) {
         if (bags.offsets[bag + 1] < bags.offsets[bag] || bags.offsets[bag + 1] > given.num_ids) return OFFSETS;
+        const Wrong wrong = task.check(of_bag[bag - first]);
+        if (wrong) return wrong;
+        sum_of[bag - first] = size;
+        size += task.weight_of(of_bag[bag - first]).dim;
     }
-    std::vector<float> sums((last - first) * out.dim);
-    int64_t feature[BLOCK], row[BLOCK], bag = first;
-    float *sum[BLOCK], *of_bag = sums.data();
+    std::vector<float> sums(size);
+    int64_t feature[BLOCK] = {}, row[BLOCK], bag = first;
+    float* sum[BLOCK];
     const int64_t end = bags.offsets[last];
-    Walk numbers(given.repeat, first);
     for (int64_t begin = bags.offsets[first]; begin < end; begin += BLOCK) {
         const int64_t count = std::min(BLOCK, end - begin);
         for (int64_t i = 0; i < count;) {  // an id, or the end of a bag, at a time: no jump that the CPU must guess
-            const bool ends = begin + i >= bags.offsets[bag + 1];
-            feature[i] = given.feature[numbers.number];
-            sum[i] = of_bag;
-            i += !ends;
-            bag += ends;
-            of_bag += ends * out.dim;
-            numbers.go(ends);
+            const bool over = begin + i >= bags.offsets[bag + 1];
+            feature[i] = of_bag[bag - first];
+            sum[i] = sums.data() + sum_of[bag - first];
+            bag += over;
+            i += !over;
         }
-        Wrong wrong = look_up(table, given.ids + begin, feature, count, row);
-        if (!wrong) wrong = weight.ask_for(row, count);
+        const Wrong wrong = task.rows_of(given.ids + begin, feature, count, row);
         if (wrong) return wrong;
-        for (int64_t i = 0; i < count; ++i) weight.add(row[i], sum[i]);
+        by_feature(feature, count, [&](int64_t i, int64_t behind) {
+            const Weight<Element> weight = task.weight_of(feature[i]);
+            for (; i < behind; ++i) weight.add(row[i], sum[i]);
+            return NOTHING;
+        });
     }
-    of_bag = sums.data();
-    Walk walk(out.num_rows, first);
-    for (bag = first; bag < last; ++bag, ++walk, of_bag += out.dim) {
-        if (bags.mean) {
-            const float size = float(std::max<int64_t>(bags.size(bag), 1));
-            for (int64_t column = 0; column < out.dim; ++column) of_bag[column] /= size;
+    Walk walk(task.out.num_rows, first);
+    for (bag = first; bag < last; ++bag, ++walk) {
+        const int64_t own = of_bag[bag - first], dim = task.weight_of(own).dim;
+        float* at = sums.data() + sum_of[bag - first];
+        if (task.table.of(own, MEAN)) {
+            const float num = float(std::max<int64_t>(bags.offsets[bag + 1] - bags.offsets[bag], 1));
+            for (int64_t column = 0; column < dim; ++column) at[column] /= num;
         }
-        out.put(of_bag, walk);
+        task.out.put(at, dim, walk.passed, task.table.of(own, COLUMN));
     }
-    out.finish();
+    task.out.finish();
     return NOTHING;
 }
 
@@ -300,18 +367,15 @@ int in_steps(int64_t end, int64_t step, int64_t num_ids, int64_t num_threads, Ru
 }
 
 template <class Element>
-int fill(const Out& out, const Ids& given, const Table& table, const void* rows, int64_t num_rows, const float* scale,
-         const Bags& bags, int64_t num_threads) {
-    const Weight<Element> weight{static_cast<const Element*>(rows), num_rows, out.dim, scale};
+int fill(const Task<Element>& task, const Bags& bags, int64_t num_threads) {
+    const int64_t num_ids = task.given.num_ids;
     if (!bags.offsets) {
-        return in_steps(given.num_ids, BLOCK, given.num_ids, num_threads,
-                        [&](int64_t begin) { return one_each(table, given, weight, begin, out); });
+        return in_steps(num_ids, BLOCK, num_ids, num_threads, [&](int64_t begin) { return one_each(task, begin); });
     }
-    const int64_t num_bags = out.num_rows * out.num_features;
-    const int64_t most = std::max<int64_t>(std::min(BAGS, SUMS / out.dim), 1);
-    const int64_t step = std::min(most, 1 + num_bags / (TURNS * num_threads));
-    return in_steps(num_bags, step, given.num_ids, num_threads, [&](int64_t first) {
-        return pool(table, given, weight, bags, first, std::min(first + step, num_bags), out);
+    const int64_t most = std::max<int64_t>(std::min(BAGS, SUMS / std::max<int64_t>(task.widest, 1)), 1);
+    const int64_t step = std::min(most, 1 + bags.num_bags / (TURNS * num_threads));
+    return in_steps(bags.num_bags, step, num_ids, num_threads, [&](int64_t first) {
+        return pool(task, bags, first, std::min(first + step, bags.num_bags));
     });
 }
 
@@ -350,16 +414,29 @@ extern "C" int lay(const Apart* apart, int64_t* ids, int64_t* offsets, int64_t n
 
 extern "C" int fill_rows(int64_t* found, const Ids* given, const Table* table, int64_t num_threads) {
     return in_steps(given->num_ids, BLOCK, given->num_ids, num_threads, [&](int64_t begin) {
-        return look_up(*table, *given, begin, std::min(BLOCK, given->num_ids - begin), found + begin);
+        int64_t feature[BLOCK] = {};
+        const int64_t count = std::min(BLOCK, given->num_ids - begin);
+        features_of(*given, begin, count, feature);
+        return look_up(*table, given->ids + begin, feature, count, found + begin);
     });
 }
 
-extern "C" int fill_vectors(const Out* out, const Ids* given, const Table* table, const void* rows, int64_t element,
-                            int64_t num_rows, const float* scale, const int64_t* offsets, int64_t mean,
-                            int64_t num_threads) {
-    const auto fill_of = element == 0   ? fill<float>
-                         : element == 1 ? fill<Half>
-                         : element == 2 ? fill<Bfloat>
-                                        : fill<int8_t>;
-    return fill_of(*out, *given, *table, rows, num_rows, scale, Bags{offsets, mean != 0}, num_threads);
+struct Weights {
+    const Rows* every;
+    int64_t num_weights;
+    int64_t element;
+};
+
+extern "C" int fill_vectors(const Out* out, const Ids* given, const Table* table, const Weights* weights,
+                            const int64_t* offsets, int64_t num_bags, int64_t num_threads) {
+    const auto fill_of = [&](auto element) {
+        const Task<decltype(element)> task(*out, *given, *table, weights->every, weights->num_weights);
+        return fill(task, Bags{offsets, num_bags}, num_threads);
+    };
+    switch (weights->element) {
+        case 0: return fill_of(float());
+        case 1: return fill_of(Half());
+        case 2: return fill_of(Bfloat());
+        default: return fill_of(int8_t());
+    }
 }

@@ -1,10 +1,11 @@
-"""Hash, probe and gather in one Triton kernel, for all features of a width; on CUDA, or anywhere in the interpreter."""
+"""Hash, probe and gather in a Triton kernel, one launch a width; on CUDA, or anywhere in the interpreter."""
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -17,6 +18,7 @@ _LOW_32 = tl.constexpr((1 << 32) - 1)
 _LOW_35 = tl.constexpr((1 << 35) - 1)
 _GOLDEN, _FIRST = tl.constexpr(signed(GOLDEN)), tl.constexpr(signed(FIRST))
 _BUCKET = tl.constexpr(BUCKET)
+_COLUMN, _MEAN = tl.constexpr(5), tl.constexpr(6)  # of what is said of each feature
 _MOST_IDS = 32  # of a program; each of them reads a cache line of keys
 
 
@@ -87,11 +89,11 @@ def one_each(
     begins,
     weight,
     scale,
-    found,
     out,
     num_ids,
     repeat,
     num_rows,
+    num_columns,
     num_features,
     num_buckets,
     DIM: tl.constexpr,
@@ -100,7 +102,7 @@ def one_each(
     GATHERS: tl.constexpr,
     IDS: tl.constexpr,
 ):
-    """Some ids a program: their rows, and their vectors if those are asked for, those of a row side by side."""
+    """Some ids a program: their rows, or else their vectors, each in the columns of its feature."""
     start, lane = tl.program_id(0).to(tl.int64) * IDS, tl.arange(0, IDS)
     at = start + lane
     mask = at < num_ids
@@ -108,14 +110,15 @@ def one_each(
     asked = tl.load(ids + at, mask, 0)
     place = _place_of(numbers, places, begins, num_features)
     row = _row_of(asked, place, mask, keys, rows, hashed, num_buckets)
-    tl.store(found + at, row, mask)
     if GATHERS:
         vectors = _vectors_of(row, mask, weight, scale, DIM, WIDTH, SCALED)
-        number, line = _passed(start, lane, num_rows)
-        to = line * (num_ids // num_rows) + number
+        line = _passed(start, lane, num_rows)[1].to(tl.int64)
+        to = line * num_columns + tl.load(places + _COLUMN * num_features + numbers, mask, 0)
         column = tl.arange(0, WIDTH)
         wanted = mask[:, None] & (column < DIM)[None, :]
-        tl.store(out + to[:, None] * DIM + column[None, :], vectors, wanted)
+        tl.store(out + to[:, None] + column[None, :], vectors, wanted)
+    else:
+        tl.store(out + at, row, mask)
 
 
 @triton.jit
@@ -133,18 +136,19 @@ def bags(
     out,
     repeat,
     num_rows,
+    num_columns,
     num_features,
     num_buckets,
     DIM: tl.constexpr,
     WIDTH: tl.constexpr,
     SCALED: tl.constexpr,
-    MEAN: tl.constexpr,
     IDS: tl.constexpr,
 ):
-    """One bag a program: the sum or mean of its ids' vectors, the bags of a row side by side."""
+    """One bag a program: the sum or mean of its ids' vectors, in the columns of its feature."""
     bag = tl.program_id(0).to(tl.int64)
     start, stop = tl.load(offsets + bag), tl.load(offsets + bag + 1)
-    place = _place_of(tl.load(feature + bag // repeat), places, begins, num_features)
+    number = tl.load(feature + bag // repeat)
+    place = _place_of(number, places, begins, num_features)
     total = tl.zeros((WIDTH,), tl.float32)
     begin = start
     while begin < stop:
@@ -154,41 +158,41 @@ def bags(
         row = _row_of(asked, place, mask, keys, rows, hashed, num_buckets)
         total += tl.sum(_vectors_of(row, mask, weight, scale, DIM, WIDTH, SCALED), 0)
         begin += IDS
-    if MEAN:
-        total = total / tl.maximum(stop - start, 1).to(tl.float32)
+    size = tl.where(tl.load(places + _MEAN * num_features + number) != 0, tl.maximum(stop - start, 1), 1)
     column = tl.arange(0, WIDTH)
-    to = bag % num_rows * (tl.num_programs(0) // num_rows) + bag // num_rows
-    tl.store(out + to * DIM + column, total, column < DIM)
+    to = bag % num_rows * num_columns + tl.load(places + _COLUMN * num_features + number)
+    tl.store(out + to + column, total / size.to(tl.float32), column < DIM)
 
 
 def fill_rows(found: Tensor, asked: Asked, repeat: int) -> None:
     """What `lookup_rows` gives, into ``found``; all are contiguous."""
     sizes, ids = sizes_of(1), asked.ids
-    numbers = ids.numel(), repeat, 1, asked.places.shape[1], asked.keys.shape[0]
-    one_each[_grid(ids, sizes)](*asked, ids, ids, found, found, *numbers, SCALED=False, GATHERS=False, **sizes)
+    numbers = ids.numel(), repeat, 1, 1, asked.places.shape[1], asked.keys.shape[0]
+    one_each[_grid(ids, sizes)](*asked, ids, ids, found, *numbers, SCALED=False, GATHERS=False, **sizes)
 
 
 def fill_vectors(
     out: Tensor,
     asked: Asked,
-    weight: Tensor,
-    scale: Tensor | None,
+    weights: Sequence[Tensor],
+    scales: Sequence[Tensor],
     offsets: Tensor | None,
-    *,
+    counts: Sequence[int],
     repeat: int,
-    num_rows: int,
-    mean: bool,
 ) -> None:
-    """What `lookup_vectors` gives, into ``out``, by rows; all are contiguous."""
-    sizes: dict[str, Any] = {"SCALED": scale is not None, **sizes_of(weight.shape[1])}
-    given = *asked, weight, weight if scale is None else scale
-    numbers = repeat, num_rows, asked.places.shape[1], asked.keys.shape[0]
-    if offsets is None:
-        ids = asked.ids
-        found = torch.empty(ids.shape, dtype=torch.int64, device=ids.device)
-        one_each[_grid(ids, sizes)](*given, found, out, ids.numel(), *numbers, GATHERS=True, **sizes)
-    else:
-        bags[(offsets.numel() - 1,)](*given, offsets, out, *numbers, MEAN=mean, **sizes)
+    """What `lookup_vectors` gives, into ``out``; all are contiguous."""
+    numbers = repeat, *out.shape, asked.places.shape[1], asked.keys.shape[0]
+    ids, feature = asked.ids.flatten(), asked.feature.flatten()
+    ends = list(itertools.accumulate(counts))
+    each = zip(weights, scales or weights, counts, ends, strict=True)
+    for weight, scale, begin, end in ((weight, scale, end - count, end) for weight, scale, count, end in each if count):
+        sizes: dict[str, Any] = {"SCALED": bool(scales), **sizes_of(weight.shape[1])}
+        own = asked._replace(feature=feature[begin:end])
+        if offsets is None:
+            own = own._replace(ids=ids[begin * repeat : end * repeat])
+            one_each[_grid(own.ids, sizes)](*own, weight, scale, out, own.ids.numel(), *numbers, GATHERS=True, **sizes)
+        else:
+            bags[((end - begin) * repeat,)](*own, weight, scale, offsets[begin * repeat :], out, *numbers, **sizes)
 
 
 def sizes_of(dim: int) -> dict[str, int]:
