@@ -4,6 +4,7 @@ import copy
 import io
 import itertools
 import pickle
+import warnings
 
 import oracles
 import pytest
@@ -577,9 +578,12 @@ def test_a_packed_batch_of_another_dtype_or_device_is_refused(backend):
 
 @st.composite
 def ids_and_bags(draw):
-    """Of some features the ids of each row; how many each row has, None for any number; and whether it is wide."""
+    """Of some features the ids of each row; how many each row has, None for any number; and whether it is wide.
+
+    0 is a feature without bags, which has any number of ids.
+    """
     num_rows, rows = draw(st.integers(0, 4)), []
-    sizes = draw(st.lists(st.sampled_from([1, 2, None]), min_size=1, max_size=5))
+    sizes = draw(st.lists(st.sampled_from([1, 2, None, 0]), min_size=1, max_size=5))
     for size in sizes:
         row = st.lists(IDS, min_size=size or 0, max_size=size or 3)
         rows.append(draw(st.lists(row, min_size=num_rows, max_size=num_rows)))
@@ -591,22 +595,28 @@ def test_features_are_laid_side_by_side(drawn, backend, strided, turned):
     rows, sizes, wide = drawn
     names = [f"f{at}" for at in range(len(rows))]
     tables = {name: EmbeddingTable(9, 3 if one else 2) for name, one in zip(names, wide, strict=True)}
-    lookup = FusedEmbeddingLookup(tables, {name: IdFeature(name) for name in names}, backend=backend)
+    poolings = zip(names, (None if size == 0 else "sum" for size in sizes), strict=True)
+    lookup = FusedEmbeddingLookup(tables, {name: IdFeature(name, one) for name, one in poolings}, backend=backend)
     batch = {}
     for name, bags, size in zip(names, rows, sizes, strict=True):
         ids, offsets = jagged(bags)
         ids = ids.repeat_interleave(2)[::2] if strided == "ids" else ids
         offsets = offsets.repeat_interleave(2)[::2] if strided == "offsets" else offsets
-        batch[name] = (ids, offsets) if size is None else ids.view(-1, size) if size > 1 else ids
+        batch[name] = (ids, offsets) if size is None else ids.view(-1, 2) if size == 2 else ids
     packed = lookup.pack(dict(reversed(batch.items())) if turned else batch)
-    assert len(packed.groups) == len({(one, size == 1) for one, size in zip(wide, sizes, strict=True)})
+    alike = {1: "one", 0: "each"}
+    assert len(packed.groups) == len({(one, alike.get(size)) for one, size in zip(wide, sizes, strict=True)})
     for group in packed.groups:
         own = [at for at, name in enumerate(names) if name in group.names]
         assert group.names == tuple(names[at] for at in own)
-        assert group.feature.tolist() == [[at] for at in own]
+        num_ids = [[at] * sum(map(len, rows[at])) for at in own]
+        each = [[at] for at in own] if sizes[own[0]] != 0 else list(itertools.chain(*num_ids))
+        assert group.feature.tolist() == each
         flat = [bag for at in own for bag in rows[at]]
         assert group.ids.flatten().tolist() == [one for bag in flat for one in bag]
-        if sizes[own[0]] != 1:
+        if sizes[own[0]] == 0:
+            assert group.shapes == tuple((len(one),) for one in num_ids)
+        elif sizes[own[0]] != 1:
             assert group.offsets.tolist() == [0, *itertools.accumulate(map(len, flat))]
             assert group.sizes.tolist() == [sum(map(len, rows[at])) for at in own]
         else:
@@ -614,14 +624,49 @@ def test_features_are_laid_side_by_side(drawn, backend, strided, turned):
             assert group.ids.shape == (len(own), len(rows[0]))
 
 
-def test_what_is_traced_packs_other_batches_too():
-    lookup = FusedEmbeddingLookup({"t": EmbeddingTable(9, 2)}, {name: IdFeature("t") for name in "ab"})
+class OfOne(torch.nn.Module):
+    """What a lookup gives of one feature, whose bags have an id each where they are bags."""
 
-    def packed_ids(one, other):
-        return lookup.pack({"a": one, "b": other}).groups[0].ids
+    def __init__(self, in_bags):
+        super().__init__()
+        self.lookup, self.in_bags = FusedEmbeddingLookup({"t": EmbeddingTable(9, 2)}, {"a": IdFeature("t")}), in_bags
+        self.lookup.insert({"a": torch.arange(9)})
 
-    traced = make_fx(packed_ids)(int64([1, 2]), int64([3, 4]))
-    assert traced(int64([5, 6]), int64([7, 8])).tolist() == [[5, 6], [7, 8]]
+    def forward(self, ids):
+        return self.lookup({"a": (ids, int64([0, 1, 2])) if self.in_bags else ids}).pooled
+
+
+@pytest.mark.parametrize(("by", "in_bags"), [("jit", False), ("jit", True), ("make_fx", False)])
+@pytest.mark.parametrize("grad", [False, True])
+def test_what_is_traced_takes_other_batches_too(by, in_bags, grad):
+    module, ids, others = OfOne(in_bags), int64([1, 2]), int64([5, 6])
+    with warnings.catch_warnings(), torch.set_grad_enabled(grad):
+        warnings.simplefilter("ignore")  # torch would have its old tracer be used no more
+        traced = torch.jit.trace(module, (ids,), check_trace=False) if by == "jit" else make_fx(module)(ids)
+        assert torch.equal(traced(others), module(others))
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_a_default_device_is_not_that_of_the_ids(backend):
+    tables, features = {"t": EmbeddingTable(9, 2)}, {name: IdFeature("t") for name in "abc"}
+    lookup = FusedEmbeddingLookup(tables, features, backend=backend)
+    ids, bags = int64([1, 2]), (int64([1, 2, 3]), int64([0, 1, 3]))
+    for batch in (dict.fromkeys("abc", ids), dict.fromkeys("abc", bags), {"a": ids, "b": bags, "c": ids}):
+        want = lookup(batch).pooled
+        for grad in (False, True):
+            with torch.device("meta"), torch.set_grad_enabled(grad):
+                got, packed = lookup(batch).pooled, lookup(lookup.pack(batch)).pooled
+            assert torch.equal(got, want)
+            assert torch.equal(packed, want)
+
+
+def test_a_packed_batch_without_a_feature_or_with_one_twice_is_refused():
+    lookup = make()
+    packed = lookup.pack(bags_of_all())
+    for groups in (packed.groups[:-1], packed.groups[:1] + packed.groups):
+        for grad in (False, True):
+            with torch.set_grad_enabled(grad), pytest.raises(ValueError, match="each once, got"):
+                lookup(packed._replace(groups=groups))
 
 
 def test_more_ids_than_rows_are_an_error_and_none_is_inserted():

@@ -79,10 +79,10 @@ def vectors_of(ids, feature, places, keys, rows, hashed, begins, weight, scale, 
         outputs[1, numbers.clamp(0, places.shape[1] - 1)] = dim * torch.arange(len(numbers), device=places.device)
     places = torch.cat([places[:4], outputs])
     scales, pooled = [] if scale is None else [scale], num_features is not None
-    how = [len(numbers)], dim * (num_features or 1), pooled, backend
+    how = [len(numbers) if pooled else 1], dim * (len(numbers) if pooled else 1), pooled, backend
     given = ids, feature, places, keys, rows, hashed, begins, [weight], scales, offsets
     out = dispatch.lookup_vectors(*given, *how)
-    return out.view(len(out), num_features, dim) if pooled else out.view(*ids.shape, dim)
+    return out.view(len(out), len(numbers), dim) if pooled else out.view(*ids.shape, dim)
 
 
 @pytest.mark.parametrize("num_tables", [1, 3])
@@ -152,7 +152,7 @@ def test_no_ids_and_no_bags_give_nothing(backend, device):
         assert dispatch.lookup_rows(*given, backend).shape == (0,)
         given = *given, lookup.weights["5"].detach(), None
         assert vectors_of(*given, None, None, False, backend).shape == (0, 5)
-        assert vectors_of(*given, None, 3, False, backend).shape == (0, 3, 5)
+        assert vectors_of(*given, None, 3, False, backend).shape == (0, feature.numel(), 5)
     begin = torch.zeros(1, dtype=torch.int64, device=device)
     assert vectors_of(*given, begin, 3, False, backend).shape == (0, 3, 5)
     only_empty = torch.zeros(4, dtype=torch.int64, device=device)
@@ -210,6 +210,9 @@ def test_tensors_of_another_dtype_or_size_are_refused(backend, device):
     for at in (0, 1, 2, 3, 5, 6):
         with pytest.raises(TypeError, match=r"ids and what says where to look must be int64, got torch\.int32"):
             dispatch.lookup_rows(*given[:at], given[at].int(), *given[at + 1 : -1], backend)
+    for wrong in (given[4].long(), given[4][:-1]):
+        with pytest.raises(ValueError, match="rows must be int32 like keys of shape"):
+            dispatch.lookup_rows(*given[:4], wrong, *given[5:-1], backend)
     with pytest.raises(TypeError, match=r"must be int64, got torch\.int32"):
         vectors_of(*given, None, torch.tensor([0, 4]).int().to(device), 1, False, backend)
     with pytest.raises(ValueError, match="scales must have shape"):
@@ -232,7 +235,19 @@ def test_weights_scales_and_places_that_do_not_fit_are_refused(backend, device):
         ([weight, weight.half()], [], [1, 1], lookup.places, TypeError, "weights must be of one dtype, got"),
         (one, [], [2], lookup.places, ValueError, r"counts must be one a weight, 2 in all, got \[2\]"),
         (one, [], [1, 2], lookup.places, ValueError, r"counts must be one a weight, 2 in all, got \[1, 2\]"),
+        (one, [], [3, -1], lookup.places, ValueError, r"counts must be one a weight, 2 in all, got \[3, -1\]"),
         (one, [], [1, 1], lookup.places[:4], ValueError, r"places must have shape \(7, features\), got"),
+        (one, [], [1, 1], lookup.places[:3], ValueError, "places must have at least 4 rows, got 3"),
+        (
+            [weight.double()],
+            [],
+            [2],
+            lookup.places,
+            TypeError,
+            "weights must be float32 or float16 or bfloat16 or int8",
+        ),
+        ([weight[0]], [], [2], lookup.places, ValueError, r"weights must have shape \(R, D\)"),
+        ([weight[:, :4]], [], [2], lookup.places, ValueError, "num_columns must be what the features take, 8, got 10"),
     ):
         given = ids, numbers, places, *slots, weights, scales, None, counts, 10, True, backend
         with pytest.raises(error, match=says):
@@ -482,6 +497,34 @@ def test_c_plus_plus_lays_features_side_by_side_where_it_looks_them_up(monkeypat
                 laid.clear()
                 call(dict.fromkeys("ab", torch.arange(3)))
                 assert laid == want
+
+
+@needs_compiler
+def test_on_the_meta_device_there_is_nothing_to_lay():
+    lookup = FusedEmbeddingLookup({"t": EmbeddingTable(9, 2)}, {"a": IdFeature("t")}, device="meta", backend="cpp")
+    with torch.no_grad():
+        assert lookup({"a": torch.empty(5, dtype=torch.int64, device="meta")}).pooled.shape == (5, 2)
+
+
+FORKING = """
+import os, torch
+from recblocks import EmbeddingTable, FusedEmbeddingLookup, IdFeature
+torch.set_num_threads(2)
+lookup = FusedEmbeddingLookup({"t": EmbeddingTable(9, 16)}, {str(at): IdFeature("t") for at in range(50)})
+batch = dict.fromkeys(map(str, range(50)), torch.arange(256))
+with torch.no_grad():
+    want = lookup(batch).pooled
+    child = os.fork()
+    if not child:
+        os._exit(0 if (lookup(lookup.pack(batch)).pooled.numpy() == want.numpy()).all() else 1)
+    raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@needs_compiler
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_process_looks_up_too():
+    subprocess.run([sys.executable, "-c", FORKING], check=True, timeout=120)
 
 
 @needs_compiler

@@ -16,18 +16,28 @@ needs_linux = pytest.mark.skipif(
 ROWS = 600_000  # of 8 float32, 19 MB; their ids are 6 MB of keys and 3 of rows
 
 
-def advised(tensor):
-    """Whether Linux notes of the memory in the middle of a tensor that huge pages are wanted for it."""
+def about(tensor):
+    """What Linux says of the memory in the middle of a tensor."""
     middle = tensor.data_ptr() + tensor.nbytes // 2
-    inside = False
+    inside, said = False, {}
     for line in MAPS.read_text().splitlines():
         head = line.split()[0]
         if not head.endswith(":"):
             begin, end = (int(one, 16) for one in head.split("-"))
             inside = begin <= middle < end
-        elif inside and head == "VmFlags:":
-            return "hg" in line.split()
-    raise AssertionError("no mapping holds the tensor")
+        elif inside:
+            said[head] = line.split()[1:]
+    return said
+
+
+def advised(tensor):
+    """Whether huge pages are wanted for a tensor."""
+    return "hg" in about(tensor)["VmFlags:"]
+
+
+def granted(tensor):
+    """Whether there are some."""
+    return int(about(tensor)["AnonHugePages:"][0]) > 0
 
 
 @needs_linux
@@ -43,7 +53,9 @@ def test_tables_and_weights_are_in_huge_pages_and_stay_there():
             assert torch.equal(one({"f": torch.arange(1000)}).pooled, before)
 
     check(lookup, ServingLookup(lookup, dtype=torch.float32))
+    had = granted(lookup.weights["8"])
     lookup.grow("t", 2 * ROWS)
+    assert granted(lookup.weights["8"]) or not had
     served = ServingLookup(lookup, dtype=torch.float32)
     check(lookup, served)
     other = FusedEmbeddingLookup({"t": EmbeddingTable(1, 8)}, {"f": IdFeature("t")})

@@ -90,7 +90,7 @@ def kernel_vectors(
 
     def look_up(those: Sequence[Group], num_columns: int, pooled: bool) -> Tensor:
         ids, feature, offsets = _one_behind_the_other(those)
-        each = [(layout.dim_of[group.names[0]], group.feature.numel()) for group in those]
+        each = [(layout.dim_of[group.names[0]], len(group.names) if pooled else 1) for group in those]
         counts = [sum(count for of, count in each if of == dim) for dim in layout.dims]
         how = counts, num_columns, pooled, backend
         found: Tensor = dispatch.lookup_vectors(ids, feature, places, *slots, *whole, offsets, *how)

@@ -115,7 +115,6 @@ class Layout:
         self.order = sorted(self.tables, key=lambda name: self.tables[name].dim)
         self.dims = sorted({one.dim for one in self.tables.values()})
         self.dim_of = {name: self.tables[one.table].dim for name, one in self.features.items()}
-        self._names = tuple(self.features)
         self._place = {name: number for number, name in enumerate(self.features)}
         self._plain_kinds = [self._kinds(dict.fromkeys(features, single)) for single in (False, True)]
         self.pooled = [name for name, one in self.features.items() if one.pooling is not None]
@@ -192,6 +191,9 @@ class Layout:
             return self.pack(features, device, backend).groups
         if features.made_for != self.made_for:
             self._refuse("features", features.made_for)
+        names = [name for group in features.groups for name in group.names]
+        if len(names) != len(self.features) or set(names) != self.features.keys():
+            raise ValueError(f"features must be packed of {list(self.features)}, each once, got {names}")
         every = ((group.ids, group.feature, group.offsets, group.sizes) for group in features.groups)
         for one in (tensor for tensors in every for tensor in tensors if tensor is not None):
             _checks.integers("features", one)
@@ -272,7 +274,7 @@ class Layout:
         if len(names) == len(self.features):
             return numbers
         if device.type == "cpu":
-            return torch.tensor([[self._place[name]] for name in names])
+            return torch.tensor([[self._place[name]] for name in names], device=device)
         return torch.cat([numbers[self._place[name]] for name in names])[:, None]
 
     def _plain_groups(
@@ -281,35 +283,34 @@ class Layout:
         """Of hundreds of features, all ids or bags, that are seen to be right at once; None: each must be looked at."""
         if torch.compiler.is_compiling() or not isinstance(features, Mapping):
             return None
-        if features.keys() != self.features.keys() or len(self.pooled) < len(self.features):
+        if features.keys() != self.features.keys() or not self.pooled:
             return None
-        if tuple(features) != self._names:
-            features = {name: features[name] for name in self._names}
-        given: list[Any] = list(features.values())
-        in_bags = [type(one) is tuple for one in given]
-        if any(in_bags) and set(map(len, itertools.compress(given, in_bags))) != {2}:
+        given: dict[str, Any] = {name: features[name] for name in self.features}
+        pairs = {name: one for name, one in given.items() if type(one) is tuple}
+        if not pairs.keys() <= set(self.pooled) or any(len(pair) != 2 for pair in pairs.values()):
             return None
-        ids = [one[0] if pair else one for one, pair in zip(given, in_bags, strict=True)]
-        offsets: list[Any] = [one[1] if pair else None for one, pair in zip(given, in_bags, strict=True)]
-        begins, single = list(itertools.compress(offsets, in_bags)), [not pair for pair in in_bags]
-        every = (*ids, *begins)
+        offsets = {name: pair[1] for name, pair in pairs.items()}
+        ids = given | {name: pair[0] for name, pair in pairs.items()}
+        flat = [*(ids[name] for name in self.pooled), *offsets.values()]
+        every = (*ids.values(), *offsets.values())
         if set(map(type, every)) != {Tensor} or set(map(_DTYPE, every)) != {torch.int64}:
             return None
-        if set(map(_DEVICE, every)) != {device} or set(map(_NDIM, every)) != {1}:
+        if set(map(_DEVICE, every)) != {device} or set(map(_NDIM, flat)) != {1}:
             return None
-        num_rows = {shape[0] for shape in set(map(_SHAPE, itertools.compress(ids, single)))}
-        num_rows |= {shape[0] - 1 for shape in set(map(_SHAPE, begins))}
+        num_rows = {shape[0] for shape in {ids[name].shape for name in self.pooled if name not in pairs}}
+        num_rows |= {shape[0] - 1 for shape in set(map(_SHAPE, offsets.values()))}
         if len(num_rows) > 1 or min(num_rows) < 0:
             return None
-        in_cpp = backend == "cpp" and not watched() and all(map(Tensor.is_contiguous, every))
+        in_cpp = backend == "cpp" and device.type == "cpu" and not watched() and all(map(Tensor.is_contiguous, flat))
+        alike = len(pairs) in (0, len(self.pooled))
+        kinds = self._plain_kinds[not pairs] if alike else self._kinds({name: name not in pairs for name in given})
         groups = []
-        alike = len(set(single)) == 1
-        for kind, names in (
-            self._plain_kinds[single[0]] if alike else self._kinds(dict(zip(self._names, single, strict=True)))
-        ):
-            at = [self._place[name] for name in names]
-            own, begin = [ids[one] for one in at], None if kind == "one" else [offsets[one] for one in at]
-            laid = cpp.lay(own, begin) if in_cpp else _lay(own, begin) if _run(own, begin) else None
+        for kind, names in kinds:
+            if kind == "each":
+                groups.append(self._group(kind, names, features))
+                continue
+            own, begins = [ids[name] for name in names], [offsets[name] for name in names] if kind != "one" else None
+            laid = cpp.lay(own, begins) if in_cpp else _lay(own, begins) if _run(own, begins) else None
             if laid is None:
                 return None
             groups.append(self._bags(kind, names, *laid))

@@ -67,8 +67,8 @@ class FusedEmbeddingLookup(nn.Module):
     generator of one seed. The last two are for one process: under DDP every rank's weights would go their own way, and
     what FSDP gathers is not kept.
 
-    On a CPU large tables lie in huge pages, where Linux grants those on request (``/sys/kernel/mm/transparent_hugepage/
-    enabled`` says "madvise" or "always"): a lookup then spends less on finding out where its rows are.
+    On a CPU large tables are made in huge pages, where Linux grants those on request, as it says in
+    ``/sys/kernel/mm/transparent_hugepage/enabled``: a lookup then spends less on finding out where its rows are.
 
     Args:
         tables: each one's capacity in ids, and the width of its rows.
@@ -145,7 +145,7 @@ class FusedEmbeddingLookup(nn.Module):
             anchor = Parameter(torch.empty(0, device=device, dtype=dtype)) if gradient in _OPTIMIZERS else None
             self.register_parameter("anchor", anchor)
             self.register_buffer("learning_rate", torch.empty((), dtype=torch.float32, device=device))
-            self.register_buffer("places", torch.empty(4, len(features), dtype=torch.int64, device=device))
+            self.register_buffer("places", torch.empty(7, len(features), dtype=torch.int64, device=device))
             self.reset_parameters(generator=generator)
 
     @property
@@ -457,6 +457,6 @@ def refuse_live_graph(weight: Tensor, what: str) -> None:
 
 def _widened(rows: Tensor, end: int, more: int) -> Tensor:
     """The same rows with so many more, zeros, before the one at ``end``."""
-    wide = in_huge_pages(rows.new_zeros(rows.shape[0] + more, *rows.shape[1:]))
-    wide[:end], wide[end + more :] = rows[:end], rows[end:]
+    wide = in_huge_pages(rows.new_empty(rows.shape[0] + more, *rows.shape[1:]))
+    wide[:end], wide[end : end + more], wide[end + more :] = rows[:end], 0, rows[end:]
     return wide

@@ -47,8 +47,10 @@ def transformed() -> bool:
 
 
 def watched() -> bool:
-    """Whether torch's compiler, a transform or a mode has to see each operator that is called now."""
-    return torch.compiler.is_compiling() or transformed() or torch._C._len_torch_dispatch_stack() > 0
+    """Whether torch's compiler, a tracer, a transform or a mode has to see each operator that is called now."""
+    if torch.compiler.is_compiling() or transformed() or torch._C._get_tracing_state() is not None:
+        return True
+    return torch._C._len_torch_dispatch_stack() > 0
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:

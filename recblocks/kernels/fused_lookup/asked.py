@@ -27,10 +27,14 @@ class Asked(NamedTuple):
     """(P + 1,) int64."""
 
     def check(self, offsets: Tensor | None = None, *others: Tensor | None) -> None:
-        """Kernels read memory as what they expect: refuse ids and integers that are not int64, and another device."""
+        """Kernels read memory as what they expect: refuse another dtype, device or size."""
         for one in (*self._replace(rows=self.keys), offsets):
             if one is not None and one.dtype != torch.int64:
                 raise TypeError(f"ids and what says where to look must be int64, got {one.dtype}")
+        if self.rows.dtype != torch.int32 or self.rows.shape != self.keys.shape:
+            raise ValueError(f"rows must be int32 like keys of shape {tuple(self.keys.shape)}, got {self.rows.dtype}")
+        if self.places.shape[0] < 4:
+            raise ValueError(f"places must have at least 4 rows, got {self.places.shape[0]}")
         for one in (*self, offsets, *others):
             if one is not None and one.device != self.ids.device:
                 raise ValueError(f"all must be on one device, got {self.ids.device} and {one.device}")

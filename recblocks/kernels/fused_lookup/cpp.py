@@ -31,6 +31,7 @@ from recblocks.kernels.fused_lookup.asked import Asked
 
 _SOURCE = pathlib.Path(__file__).with_name("lookup.cpp")
 _FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fPIC", "-shared")
+_LOADED_IN = os.getpid()
 _ELEMENTS = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
 
 
@@ -126,7 +127,7 @@ def compiler() -> list[str] | None:
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The two functions of `lookup.cpp`: those that are kept, or else those that are built now, and kept.
+    """The functions of `lookup.cpp`: those that are kept, or else those that are built now, and kept.
 
     Raises:
         RuntimeError: there is no compiler, or it fails.
@@ -156,7 +157,7 @@ def library() -> ctypes.CDLL:
 
 def fill_rows(found: Tensor, asked: Asked, repeat: int) -> None:
     """What `lookup_rows` gives, into ``found``; all are contiguous."""
-    wrong = library().fill_rows(found.data_ptr(), *_given(asked, repeat), torch.get_num_threads())
+    wrong = library().fill_rows(found.data_ptr(), *_given(asked, repeat), _num_threads())
     if wrong:
         raise _error(wrong, asked, None)
 
@@ -176,7 +177,7 @@ def fill_vectors(
     given = _Weights((_Weight * len(every))(*every), len(every), _ELEMENTS.index(weights[0].dtype))
     num_bags = 0 if offsets is None else offsets.numel() - 1
     where = _Out(out.data_ptr(), *out.shape), *_given(asked, repeat), given
-    wrong = library().fill_vectors(*where, _pointer(offsets), num_bags, torch.get_num_threads())
+    wrong = library().fill_vectors(*where, _pointer(offsets), num_bags, _num_threads())
     if wrong:
         raise _error(wrong, asked, offsets)
 
@@ -194,13 +195,18 @@ def lay(ids: Sequence[Tensor], offsets: Sequence[Tensor] | None) -> tuple[Tensor
     """
     sizes = torch.frombuffer(array("q", map(Tensor.numel, ids)), dtype=torch.int64)
     num_rows = 0 if offsets is None else offsets[0].shape[0] - 1
-    every = torch.empty(sum(sizes.tolist()), dtype=torch.int64)
-    begins = None if offsets is None else torch.empty(len(ids) * num_rows + 1, dtype=torch.int64)
+    every = torch.empty(sum(sizes.tolist()), dtype=torch.int64, device="cpu")
+    begins = None if offsets is None else torch.empty(len(ids) * num_rows + 1, dtype=torch.int64, device="cpu")
     where_ids, where_offsets = (array("q", map(Tensor.data_ptr, some)) for some in (ids, offsets or ids))
     given = where_ids.buffer_info()[0], sizes.data_ptr(), where_offsets.buffer_info()[0] if offsets else None
     apart = _Apart(*given, len(ids), num_rows)
-    wrong = library().lay(apart, every.data_ptr(), _pointer(begins), torch.get_num_threads())
+    wrong = library().lay(apart, every.data_ptr(), _pointer(begins), _num_threads())
     return None if wrong else (every, begins, sizes)
+
+
+def _num_threads() -> int:
+    """As torch has it; one in a process that was forked, which has none of the threads that OpenMP counts on."""
+    return 1 if os.getpid() != _LOADED_IN else torch.get_num_threads()
 
 
 def _keep(path: pathlib.Path) -> bool:

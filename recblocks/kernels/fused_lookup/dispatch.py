@@ -16,6 +16,7 @@ from recblocks.kernels.dispatch import transformed
 from recblocks.kernels.fused_lookup import cpp
 from recblocks.kernels.fused_lookup.asked import Asked
 
+_ELEMENTS = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
 BACKENDS = ("auto", "reference", "cpp", "triton")
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -108,7 +109,8 @@ def lookup_vectors(
         weights: (R, D) of each width; float32, float16, bfloat16 or int8, all of one.
         scales: (R,) float32 of each weight, what its rows are multiplied with; none, or as many as weights.
         offsets: int64, where the bags begin and the last one ends.
-        counts: how many numbers of ``feature`` are of features of each weight.
+        counts: if pooled, how many numbers of ``feature`` are of features of each weight; else 1 of the weight that all
+            are of, and 0 of the others.
         num_columns: of the output.
         pooled: the ids, or bags, of a feature stand behind those of the one before, as many of each, and come out row
             by row, each in the columns of its feature, every one of which is of one feature; else each has a row.
@@ -122,12 +124,13 @@ def lookup_vectors(
             feature.
     """
     asked = Asked(ids, feature, places, keys, rows, hashed, begins)
-    _check(asked, weights, scales, offsets, counts)
+    _check(asked, weights, scales, offsets, counts, num_columns, pooled)
+    repeat = _repeat(ids if offsets is None else offsets[1:], feature)
     out = _vectors_like(asked, offsets, num_columns, pooled)
     if out.numel():
-        repeat = _repeat(ids if offsets is None else offsets[1:], feature)
         weights, scales = ([one.contiguous() for one in every] for every in (weights, scales))
         offsets = None if offsets is None else offsets.contiguous()
+        counts = counts if pooled else [count * feature.numel() for count in counts]
         _kernels(backend).fill_vectors(out, asked.contiguous(), weights, scales, offsets, counts, repeat)
     return out
 
@@ -142,22 +145,34 @@ def _(*given: Any) -> Tensor:
 @lookup_vectors.register_fake
 def _(*given: Any) -> Tensor:
     asked, (weights, scales, offsets, counts, num_columns, pooled) = Asked(*given[:7]), given[7:13]
-    _check(asked, weights, scales, offsets, counts)
+    _check(asked, weights, scales, offsets, counts, num_columns, pooled)
     return _vectors_like(asked, offsets, num_columns, pooled)
 
 
 def _check(
-    asked: Asked, weights: Sequence[Tensor], scales: Sequence[Tensor], offsets: Tensor | None, counts: Sequence[int]
+    asked: Asked,
+    weights: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    offsets: Tensor | None,
+    counts: Sequence[int],
+    num_columns: int,
+    pooled: bool,
 ) -> None:
     asked.check(offsets, *weights, *scales)
+    for weight in weights:
+        _checks.tensor("weights", weight, "R", "D", dtype=_ELEMENTS)
     if scales and len(scales) != len(weights):
         raise ValueError(f"scales must be one a weight, or none, got {len(scales)} and {len(weights)} weights")
     for weight, scale in zip(weights, scales, strict=False):
         _checks.tensor("scales", scale, weight.shape[0], dtype=torch.float32)
     if len({weight.dtype for weight in weights}) != 1:
         raise TypeError(f"weights must be of one dtype, got {[weight.dtype for weight in weights]}")
-    if len(counts) != len(weights) or sum(counts) != asked.feature.numel():
-        raise ValueError(f"counts must be one a weight, {asked.feature.numel()} in all, got {list(counts)}")
+    in_all = asked.feature.numel() if pooled else 1
+    if len(counts) != len(weights) or sum(counts) != in_all or min(counts) < 0:
+        raise ValueError(f"counts must be one a weight, {in_all} in all, got {list(counts)}")
+    wide = sum(count * weight.shape[1] for count, weight in zip(counts, weights, strict=True))
+    if num_columns != wide:
+        raise ValueError(f"num_columns must be what the features take, {wide}, got {num_columns}")
     if asked.places.shape[0] != 7:
         raise ValueError(f"places must have shape (7, features), got {_checks.describe(asked.places)}")
 

@@ -1,4 +1,4 @@
-// Hash, probe and gather in one pass over the ids, for all features of a width; `cpp.py` builds and calls it.
+// Hash, probe and gather in one pass over the ids, for all features; `cpp.py` builds and calls it.
 //
 // An id costs a cache line of keys, one of rows and one or more of the weight, all of them far away. So ids go by
 // blocks, and each step over a block asks for the lines that the next step reads: the waits for memory overlap.
