@@ -101,8 +101,7 @@ def kernel_vectors(
     for group in groups:
         if group.kind == "each":
             unpooled |= group.unpooled(look_up([group], layout.dim_of[group.names[0]], False))
-    num_columns = sum(layout.dim_of[name] for name in layout.pooled)
-    pooled = look_up(in_bags, num_columns, True) if in_bags else places.new_empty(0, 0, dtype=torch.float32)
+    pooled = look_up(in_bags, layout.num_columns, True) if in_bags else places.new_empty(0, 0, dtype=torch.float32)
     return Vectors(pooled, layout.in_order(unpooled))
 
 

@@ -118,6 +118,8 @@ class Layout:
         self._place = {name: number for number, name in enumerate(self.features)}
         self._plain_kinds = [self._kinds(dict.fromkeys(features, single)) for single in (False, True)]
         self.pooled = [name for name, one in self.features.items() if one.pooling is not None]
+        self.unpooled = [name for name, one in self.features.items() if one.pooling is None]
+        self.num_columns = sum(self.dim_of[name] for name in self.pooled)
         dims = [[name, one.dim] for name, one in self.tables.items()]
         self.made_for = json.dumps({"dims": dims, "features": [[name, *one] for name, one in self.features.items()]})
 
@@ -249,7 +251,7 @@ class Layout:
 
     def in_order(self, unpooled: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The vectors of the features that do not pool, in the order of the features."""
-        return {name: unpooled[name] for name, one in self.features.items() if one.pooling is None}
+        return {name: unpooled[name] for name in self.unpooled}
 
     def _group(self, kind: _Kind, names: list[str], features: Mapping[str, Ids]) -> Group:
         given = [_parts(features[name]) for name in names]
@@ -270,12 +272,11 @@ class Layout:
 
     def _numbers(self, names: list[str], device: torch.device) -> Tensor:
         """(F, 1) the numbers of these features."""
-        numbers = torch.arange(len(self.features), device=device)[:, None]
-        if len(names) == len(self.features):
-            return numbers
-        if device.type == "cpu":
+        every = len(names) == len(self.features)
+        if device.type == "cpu" and not every:
             return torch.tensor([[self._place[name]] for name in names], device=device)
-        return torch.cat([numbers[self._place[name]] for name in names])[:, None]
+        numbers = torch.arange(len(self.features), device=device)[:, None]
+        return numbers if every else torch.cat([numbers[self._place[name]] for name in names])[:, None]
 
     def _plain_groups(
         self, features: Mapping[str, Ids], device: torch.device, backend: str | None
@@ -283,11 +284,11 @@ class Layout:
         """Of hundreds of features, all ids or bags, that are seen to be right at once; None: each must be looked at."""
         if torch.compiler.is_compiling() or not isinstance(features, Mapping):
             return None
-        if features.keys() != self.features.keys() or not self.pooled:
+        if features.keys() != self.features.keys():
             return None
         given: dict[str, Any] = {name: features[name] for name in self.features}
         pairs = {name: one for name, one in given.items() if type(one) is tuple}
-        if not pairs.keys() <= set(self.pooled) or any(len(pair) != 2 for pair in pairs.values()):
+        if not pairs.keys().isdisjoint(self.unpooled) or any(len(pair) != 2 for pair in pairs.values()):
             return None
         offsets = {name: pair[1] for name, pair in pairs.items()}
         ids = given | {name: pair[0] for name, pair in pairs.items()}

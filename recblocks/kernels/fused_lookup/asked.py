@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+ELEMENTS = (torch.float32, torch.float16, torch.bfloat16, torch.int8)  # of a weight, by the numbers of `lookup.cpp`
+
 
 class Asked(NamedTuple):
     """Ids, and where to look for them."""

@@ -27,12 +27,11 @@ import torch
 from torch import Tensor
 
 from recblocks._files import replacing, user_cache
-from recblocks.kernels.fused_lookup.asked import Asked
+from recblocks.kernels.fused_lookup.asked import ELEMENTS, Asked
 
 _SOURCE = pathlib.Path(__file__).with_name("lookup.cpp")
 _FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fPIC", "-shared")
 _LOADED_IN = os.getpid()
-_ELEMENTS = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
 
 
 class _Table(ctypes.Structure):
@@ -174,7 +173,7 @@ def fill_vectors(
     """What `lookup_vectors` gives, into ``out``; all are contiguous."""
     pairs = itertools.zip_longest(weights, scales)
     every = [_Weight(one.data_ptr(), *one.shape, _pointer(scale)) for one, scale in pairs]
-    given = _Weights((_Weight * len(every))(*every), len(every), _ELEMENTS.index(weights[0].dtype))
+    given = _Weights((_Weight * len(every))(*every), len(every), ELEMENTS.index(weights[0].dtype))
     num_bags = 0 if offsets is None else offsets.numel() - 1
     where = _Out(out.data_ptr(), *out.shape), *_given(asked, repeat), given
     wrong = library().fill_vectors(*where, _pointer(offsets), num_bags, _num_threads())

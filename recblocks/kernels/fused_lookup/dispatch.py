@@ -14,9 +14,8 @@ from torch import Tensor
 from recblocks import _checks
 from recblocks.kernels.dispatch import transformed
 from recblocks.kernels.fused_lookup import cpp
-from recblocks.kernels.fused_lookup.asked import Asked
+from recblocks.kernels.fused_lookup.asked import ELEMENTS, Asked
 
-_ELEMENTS = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
 BACKENDS = ("auto", "reference", "cpp", "triton")
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -160,7 +159,7 @@ def _check(
 ) -> None:
     asked.check(offsets, *weights, *scales)
     for weight in weights:
-        _checks.tensor("weights", weight, "R", "D", dtype=_ELEMENTS)
+        _checks.tensor("weights", weight, "R", "D", dtype=ELEMENTS)
     if scales and len(scales) != len(weights):
         raise ValueError(f"scales must be one a weight, or none, got {len(scales)} and {len(weights)} weights")
     for weight, scale in zip(weights, scales, strict=False):
