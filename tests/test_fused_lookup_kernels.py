@@ -5,6 +5,7 @@ import itertools
 import os
 import subprocess
 import sys
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -274,6 +275,36 @@ def test_features_of_all_widths_and_kinds_are_one_call(backend, device, dtype, a
     torch.testing.assert_close(got, want, rtol=0, atol=2e-7)
 
 
+@pytest.mark.skipif(not HAVE["triton"], reason="needs triton")
+@pytest.mark.parametrize("in_bags", [False, True])
+def test_triton_launches_one_kernel_for_all_widths(in_bags, monkeypatch):
+    from recblocks.kernels.fused_lookup import triton
+
+    launches = []
+
+    class Counted(NamedTuple):
+        kernel: Any
+
+        def __getitem__(self, grid):
+            launches.append(grid)
+            return self.kernel[grid]
+
+    for kernel in ("rows_of_ids", "vectors_of_ids", "vectors_of_bags"):
+        monkeypatch.setattr(triton, kernel, Counted(getattr(triton, kernel)))
+    dims = {"a": 16, "b": 3, "c": 32}
+    lookup = FusedEmbeddingLookup(
+        {name: EmbeddingTable(20, dim) for name, dim in dims.items()}, {name: IdFeature(name) for name in dims}
+    )
+    ids = torch.arange(40).to(DEVICES["triton"])
+    given = dict.fromkeys(dims, ids.view(20, 2) if in_bags else ids)
+    with torch.no_grad():
+        lookup = lookup.to(ids.device)
+        lookup.backend = "triton"
+        lookup(given)
+    # 20 bags of each feature; 40 ids of each, of which a program takes 32, or 16 where rows are of 32 numbers.
+    assert launches == [(60,) if in_bags else (2 + 2 + 3,)]
+
+
 # --- the Modules ---
 
 
@@ -384,25 +415,31 @@ from triton.compiler import ASTSource
 from recblocks.kernels.fused_lookup import triton as kernel
 
 TYPES = dict.fromkeys(("num_ids", "repeat", "num_rows", "num_columns", "num_features", "num_buckets"), "i32")
-TYPES |= {"rows": "*i32", "scale": "*fp32", "out": "*fp32"}
+TYPES |= {"rows": "*i32", "out": "*fp32"}
 ptxas = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "ptxas")
-for function, own in ((kernel.one_each, {"GATHERS": True}), (kernel.bags, {})):
+
+
+def build(function, fixed, given, what):
+    names = function.arg_names
+    types = {name: "constexpr" if name in fixed else TYPES.get(name, "*i64") for name in names} | given
+    constants = {(names.index(name),): value for name, value in fixed.items()}
+    compiled = triton.compile(ASTSource(fn=function, signature=types, constexprs=constants), GPUTarget("cuda", 90, 32))
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "kernel.ptx")
+        with open(path, "w") as file:
+            file.write(compiled.asm["ptx"])
+        command = [ptxas, "-v", "--gpu-name", "sm_90a", path, "-o", os.path.join(folder, "kernel.cubin")]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    print(function.__name__, what, *re.findall(r"(\\d+) bytes spill (?:stores|loads)", said))
+
+
+build(kernel.rows_of_ids, {"IDS": 32}, {}, "")
+for function in (kernel.vectors_of_ids, kernel.vectors_of_bags):
     for weight, scaled in (("*fp32", False), ("*fp16", False), ("*bf16", False), ("*i8", True)):
-        for dim in (1, 32, 96, 300):
-            fixed = {"SCALED": scaled, **kernel.sizes_of(dim), **own}
-            names = function.arg_names
-            types = {name: "constexpr" if name in fixed else TYPES.get(name, "*i64") for name in names}
-            constants = {(names.index(name),): value for name, value in fixed.items()}
-            source = ASTSource(fn=function, signature=types | {"weight": weight}, constexprs=constants)
-            compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32))
-            with tempfile.TemporaryDirectory() as folder:
-                path = os.path.join(folder, "kernel.ptx")
-                with open(path, "w") as file:
-                    file.write(compiled.asm["ptx"])
-                command = [ptxas, "-v", "--gpu-name", "sm_90a", path, "-o", os.path.join(folder, "kernel.cubin")]
-                said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-            spilled = re.findall(r"(\\d+) bytes spill (?:stores|loads)", said)
-            print(function.__name__, weight, dim, *spilled)
+        for dims in ([1], [32], [96], [300], [1, 32, 96, 300]):
+            each = {"weights": (weight,), "scales": ("*fp32",), "counts": ("i32",)}
+            given = {name: one * len(dims) for name, one in each.items()}
+            build(function, {"SCALED": scaled, **kernel.sizes_of(dims)}, given, f"{weight} {dims}")
 """
 
 
@@ -415,7 +452,7 @@ def test_triton_s_kernels_build_for_a_hopper_gpu_and_spill_nothing(tmp_path):
     path.write_text(COMPILING)
     said = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, check=True, env=environment)
     lines = said.stdout.splitlines()
-    assert len(lines) == 32
+    assert len(lines) == 41
     assert all(line.endswith(" 0 0") for line in lines)
 
 

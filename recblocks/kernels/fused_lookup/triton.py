@@ -1,10 +1,8 @@
-"""Hash, probe and gather in a Triton kernel, one launch a width; on CUDA, or anywhere in the interpreter."""
+"""Hash, probe and gather of all features in one Triton kernel; on CUDA, or anywhere in the interpreter."""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
-from typing import Any
 
 import triton
 import triton.language as tl
@@ -79,7 +77,10 @@ def _passed(start, lane, size):
 
 
 @triton.jit
-def one_each(
+def _rows_from(
+    start,
+    end,
+    repeat,
     ids,
     feature,
     places,
@@ -87,42 +88,33 @@ def one_each(
     rows,
     hashed,
     begins,
-    weight,
-    scale,
-    out,
-    num_ids,
-    repeat,
-    num_rows,
-    num_columns,
     num_features,
     num_buckets,
-    DIM: tl.constexpr,
-    WIDTH: tl.constexpr,
-    SCALED: tl.constexpr,
-    GATHERS: tl.constexpr,
     IDS: tl.constexpr,
 ):
-    """Some ids a program: their rows, or else their vectors, each in the columns of its feature."""
-    start, lane = tl.program_id(0).to(tl.int64) * IDS, tl.arange(0, IDS)
+    """Of the ids from ``start`` on: where they stand, which of them are before the end, their features and rows."""
+    lane = tl.arange(0, IDS)
     at = start + lane
-    mask = at < num_ids
+    mask = at < end
     numbers = tl.load(feature + _passed(start, lane, repeat)[0], mask, 0)
     asked = tl.load(ids + at, mask, 0)
     place = _place_of(numbers, places, begins, num_features)
-    row = _row_of(asked, place, mask, keys, rows, hashed, num_buckets)
-    if GATHERS:
-        vectors = _vectors_of(row, mask, weight, scale, DIM, WIDTH, SCALED)
-        line = _passed(start, lane, num_rows)[1].to(tl.int64)
-        to = line * num_columns + tl.load(places + _COLUMN * num_features + numbers, mask, 0)
-        column = tl.arange(0, WIDTH)
-        wanted = mask[:, None] & (column < DIM)[None, :]
-        tl.store(out + to[:, None] + column[None, :], vectors, wanted)
-    else:
-        tl.store(out + at, row, mask)
+    return at, mask, numbers, _row_of(asked, place, mask, keys, rows, hashed, num_buckets)
 
 
 @triton.jit
-def bags(
+def rows_of_ids(
+    ids, feature, places, keys, rows, hashed, begins, out, num_ids, repeat, num_features, num_buckets, IDS: tl.constexpr
+):
+    """Some ids a program: their rows."""
+    start = tl.program_id(0).to(tl.int64) * IDS
+    table = ids, feature, places, keys, rows, hashed, begins, num_features, num_buckets
+    at, mask, _, row = _rows_from(start, num_ids, repeat, *table, IDS)
+    tl.store(out + at, row, mask)
+
+
+@triton.jit
+def vectors_of_ids(
     ids,
     feature,
     places,
@@ -130,25 +122,57 @@ def bags(
     rows,
     hashed,
     begins,
-    weight,
-    scale,
-    offsets,
+    weights,
+    scales,
+    counts,
     out,
     repeat,
     num_rows,
     num_columns,
     num_features,
     num_buckets,
+    DIMS: tl.constexpr,
+    WIDTHS: tl.constexpr,
+    IDS: tl.constexpr,
+    SCALED: tl.constexpr,
+):
+    """Some ids of one width a program: their vectors, each in the columns of its feature."""
+    table = ids, feature, places, keys, rows, hashed, begins, num_features, num_buckets
+    program, begin = tl.program_id(0).to(tl.int64), tl.cast(0, tl.int64)
+    for which in tl.static_range(len(DIMS)):
+        end = begin + tl.cast(repeat, tl.int64) * counts[which]
+        num_programs = tl.cdiv(end - begin, IDS[which])
+        if (program >= 0) & (program < num_programs):
+            start = begin + program * IDS[which]
+            _, mask, numbers, row = _rows_from(start, end, repeat, *table, IDS[which])
+            vectors = _vectors_of(row, mask, weights[which], scales[which], DIMS[which], WIDTHS[which], SCALED)
+            line = _passed(start, tl.arange(0, IDS[which]), num_rows)[1].to(tl.int64)
+            to = line * num_columns + tl.load(places + _COLUMN * num_features + numbers, mask, 0)
+            column = tl.arange(0, WIDTHS[which])
+            wanted = mask[:, None] & (column < DIMS[which])[None, :]
+            tl.store(out + to[:, None] + column[None, :], vectors, wanted)
+        program -= num_programs
+        begin = end
+
+
+@triton.jit
+def _sum_of(
+    start,
+    stop,
+    ids,
+    place,
+    keys,
+    rows,
+    hashed,
+    num_buckets,
+    weight,
+    scale,
     DIM: tl.constexpr,
     WIDTH: tl.constexpr,
-    SCALED: tl.constexpr,
     IDS: tl.constexpr,
+    SCALED: tl.constexpr,
 ):
-    """One bag a program: the sum or mean of its ids' vectors, in the columns of its feature."""
-    bag = tl.program_id(0).to(tl.int64)
-    start, stop = tl.load(offsets + bag), tl.load(offsets + bag + 1)
-    number = tl.load(feature + bag // repeat)
-    place = _place_of(number, places, begins, num_features)
+    """(WIDTH,) the vectors of the ids of one bag, added up."""
     total = tl.zeros((WIDTH,), tl.float32)
     begin = start
     while begin < stop:
@@ -158,17 +182,55 @@ def bags(
         row = _row_of(asked, place, mask, keys, rows, hashed, num_buckets)
         total += tl.sum(_vectors_of(row, mask, weight, scale, DIM, WIDTH, SCALED), 0)
         begin += IDS
+    return total
+
+
+@triton.jit
+def vectors_of_bags(
+    ids,
+    feature,
+    places,
+    keys,
+    rows,
+    hashed,
+    begins,
+    weights,
+    scales,
+    counts,
+    offsets,
+    out,
+    repeat,
+    num_rows,
+    num_columns,
+    num_features,
+    num_buckets,
+    DIMS: tl.constexpr,
+    WIDTHS: tl.constexpr,
+    IDS: tl.constexpr,
+    SCALED: tl.constexpr,
+):
+    """One bag a program: the sum or mean of its ids' vectors, in the columns of its feature."""
+    bag, first = tl.program_id(0).to(tl.int64), tl.cast(0, tl.int64)
+    start, stop = tl.load(offsets + bag), tl.load(offsets + bag + 1)
+    number = tl.load(feature + bag // repeat)
+    place = _place_of(number, places, begins, num_features)
     size = tl.where(tl.load(places + _MEAN * num_features + number) != 0, tl.maximum(stop - start, 1), 1)
-    column = tl.arange(0, WIDTH)
-    to = bag % num_rows * num_columns + tl.load(places + _COLUMN * num_features + number)
-    tl.store(out + to + column, total / size.to(tl.float32), column < DIM)
+    to = out + bag % num_rows * num_columns + tl.load(places + _COLUMN * num_features + number)
+    for which in tl.static_range(len(DIMS)):
+        behind = first + tl.cast(repeat, tl.int64) * counts[which]
+        if (bag >= first) & (bag < behind):
+            table = ids, place, keys, rows, hashed, num_buckets, weights[which], scales[which]
+            total = _sum_of(start, stop, *table, DIMS[which], WIDTHS[which], IDS[which], SCALED)
+            column = tl.arange(0, WIDTHS[which])
+            tl.store(to + column, total / size.to(tl.float32), column < DIMS[which])
+        first = behind
 
 
 def fill_rows(found: Tensor, asked: Asked, repeat: int) -> None:
     """What `lookup_rows` gives, into ``found``; all are contiguous."""
-    sizes, ids = sizes_of(1), asked.ids
-    numbers = ids.numel(), repeat, 1, 1, asked.places.shape[1], asked.keys.shape[0]
-    one_each[_grid(ids, sizes)](*asked, ids, ids, found, *numbers, SCALED=False, GATHERS=False, **sizes)
+    num_ids = asked.ids.numel()
+    numbers = num_ids, repeat, asked.places.shape[1], asked.keys.shape[0]
+    rows_of_ids[(triton.cdiv(num_ids, _MOST_IDS),)](*asked, found, *numbers, IDS=_MOST_IDS)
 
 
 def fill_vectors(
@@ -181,25 +243,21 @@ def fill_vectors(
     repeat: int,
 ) -> None:
     """What `lookup_vectors` gives, into ``out``; all are contiguous."""
+    each = zip(weights, scales or weights, counts, strict=True)
+    wanted, by, nums = zip(*(one for one in each if one[2]), strict=True)
+    sizes = sizes_of([weight.shape[1] for weight in wanted])
+    given = *asked, wanted, by, nums
     numbers = repeat, *out.shape, asked.places.shape[1], asked.keys.shape[0]
-    ids, feature = asked.ids.flatten(), asked.feature.flatten()
-    ends = list(itertools.accumulate(counts))
-    each = zip(weights, scales or weights, counts, ends, strict=True)
-    for weight, scale, begin, end in ((weight, scale, end - count, end) for weight, scale, count, end in each if count):
-        sizes: dict[str, Any] = {"SCALED": bool(scales), **sizes_of(weight.shape[1])}
-        own = asked._replace(feature=feature[begin:end])
-        if offsets is None:
-            own = own._replace(ids=ids[begin * repeat : end * repeat])
-            one_each[_grid(own.ids, sizes)](*own, weight, scale, out, own.ids.numel(), *numbers, GATHERS=True, **sizes)
-        else:
-            bags[((end - begin) * repeat,)](*own, weight, scale, offsets[begin * repeat :], out, *numbers, **sizes)
+    scaled = bool(scales)
+    if offsets is None:
+        num_programs = sum(triton.cdiv(num * repeat, own) for num, own in zip(nums, sizes["IDS"], strict=True))
+        vectors_of_ids[(num_programs,)](*given, out, *numbers, SCALED=scaled, **sizes)
+    else:
+        vectors_of_bags[(sum(nums) * repeat,)](*given, offsets, out, *numbers, SCALED=scaled, **sizes)
 
 
-def sizes_of(dim: int) -> dict[str, int]:
+def sizes_of(dims: Sequence[int]) -> dict[str, tuple[int, ...]]:
     """What a kernel is built for; so many ids a program that their vectors fit in registers."""
-    width = 1 << (dim - 1).bit_length()
-    return {"DIM": dim, "WIDTH": width, "IDS": min(_MOST_IDS, max(1, 512 // width))}
-
-
-def _grid(ids: Tensor, sizes: dict[str, int]) -> tuple[int]:
-    return (-(-ids.numel() // sizes["IDS"]),)
+    widths = tuple(1 << (dim - 1).bit_length() for dim in dims)
+    ids = tuple(min(_MOST_IDS, max(1, 512 // width)) for width in widths)
+    return {"DIMS": tuple(dims), "WIDTHS": widths, "IDS": ids}
