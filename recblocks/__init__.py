@@ -1,6 +1,7 @@
 """Building blocks for recommender models; each works alone."""
 
-from recblocks.embedding._layout import EmbeddingTable, IdFeature, PackedIds, Vectors
+from recblocks.embedding._layout import EmbeddingTable, IdFeature, Vectors
+from recblocks.embedding._packing import PackedIds
 from recblocks.embedding.fused_lookup import FusedEmbeddingLookup
 from recblocks.embedding.id_table import IdTable, Inserted, TableFull
 from recblocks.embedding.serving_lookup import ServingLookup, quantize_rows

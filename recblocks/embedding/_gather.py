@@ -10,7 +10,8 @@ from torch.nn import functional
 
 from recblocks._hashing import FIRST, GOLDEN, LOW_32, mix, signed
 from recblocks.embedding._buckets import Changes, Slots, find
-from recblocks.embedding._layout import Group, Layout, Vectors
+from recblocks.embedding._layout import Layout, Vectors
+from recblocks.embedding._packing import Group
 from recblocks.embedding.id_table import IdTable, TableFull
 from recblocks.kernels.fused_lookup import dispatch
 
@@ -103,6 +104,30 @@ def kernel_vectors(
             unpooled |= group.unpooled(look_up([group], layout.dim_of[group.names[0]], False))
     pooled = look_up(in_bags, layout.num_columns, True) if in_bags else places.new_empty(0, 0, dtype=torch.float32)
     return Vectors(pooled, layout.in_order(unpooled))
+
+
+def vectors_in_order(layout: Layout, groups: Sequence[Group], found: Sequence[Tensor]) -> Vectors:
+    """Give each feature its own, of the vectors of each group.
+
+    These are (B, F, dim) of one id each, (F B, dim) of bags, and (N, dim) of each id.
+    """
+    unpooled: dict[str, Tensor] = {}
+    pooled: dict[str, Tensor] = {}
+    whole: Tensor | None = None
+    for group, their in zip(groups, found, strict=True):
+        if group.kind == "each":
+            unpooled |= group.unpooled(their)
+            continue
+        if their.ndim == 2:
+            their = their.view(len(group.names), -1, their.shape[1]).transpose(0, 1)
+        if list(group.names) == layout.pooled:
+            whole = their.flatten(1)
+        else:
+            pooled.update(zip(group.names, their.unbind(1), strict=True))
+    if whole is None:
+        pieces = [pooled[name] for name in layout.pooled]
+        whole = torch.cat(pieces, 1) if pieces else found[0].new_empty(0, 0)
+    return Vectors(whole, layout.in_order(unpooled))
 
 
 def _one_behind_the_other(groups: Sequence[Group]) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -21,20 +21,19 @@ from recblocks.embedding._gather import (
     pool,
     restore_dtypes,
     rows_of,
+    vectors_in_order,
     without_row,
 )
 from recblocks.embedding._id_table_state import MOST_ROWS, SAVED, capacities_of, check_sketch, check_state
 from recblocks.embedding._layout import (
     EmbeddingTable,
-    Group,
     IdFeature,
-    Ids,
     Layout,
-    PackedIds,
     Range,
     Vectors,
     holds_all,
 )
+from recblocks.embedding._packing import Group, Ids, PackedIds, groups_of, pack
 from recblocks.embedding._row_updates import gather_and_train
 from recblocks.embedding.id_table import IdTable
 from recblocks.kernels.fused_lookup import dispatch
@@ -204,16 +203,16 @@ class FusedEmbeddingLookup(nn.Module):
         compiling = torch.compiler.is_compiling()
         with contextlib.nullcontext() if compiling else self.table.reading("a lookup"):
             backend, slots = self._backend, self.table.slots
-            groups = self.layout.groups(features, self.places.device, backend)
+            groups = groups_of(self.layout, features, self.places.device, backend)
             # Of other dtypes torch rounds the sums of bags as it goes, and training must give what this gives.
             if backend is not None and not torch.is_grad_enabled() and self._dtype == torch.float32:
                 weights = {dim: weight.detach() for dim, weight in self.weights.items()}
                 return kernel_vectors(backend, groups, slots, self.places, weights, {}, self.layout)
             rows = rows_of(groups, slots, self.places, backend)
             if self.gradient in _OPTIMIZERS:
-                return self.layout.vectors(groups, self._trained_vectors(groups, rows))
+                return vectors_in_order(self.layout, groups, self._trained_vectors(groups, rows))
             found = [self._vectors(group, their) for group, their in zip(groups, rows, strict=True)]
-            return self.layout.vectors(groups, found)
+            return vectors_in_order(self.layout, groups, found)
 
     def pack(self, features: Mapping[str, Ids]) -> PackedIds:
         """Lay the ids of all features side by side, for what is compiled: a few tensors, and not some a feature.
@@ -227,7 +226,7 @@ class FusedEmbeddingLookup(nn.Module):
         Raises:
             TypeError, ValueError: like `forward`'s.
         """
-        return self.layout.pack(features, self.places.device, self._backend)
+        return pack(self.layout, features, self.places.device, self._backend)
 
     def insert(
         self, features: Mapping[str, Ids] | PackedIds, *, generator: torch.Generator | None = None
@@ -247,7 +246,7 @@ class FusedEmbeddingLookup(nn.Module):
             TypeError, ValueError: like `forward`'s; `TableFull` for more new ids than a table has rows for.
             RuntimeError: the table is read or written meanwhile; or ids that no hash function can place.
         """
-        groups = self.layout.groups(features, self.places.device, self._backend)
+        groups = groups_of(self.layout, features, self.places.device, self._backend)
         ids, feature = without_row(groups, self.table, self.places)
         ids, order = ids.sort()
         draw = functools.partial(self._draw, generator)

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from recblocks import _checks
 from recblocks._memory import copied, in_huge_pages
 from recblocks.embedding._buckets import BUCKET, Slots, empty, hash_of, num_buckets_of
-from recblocks.embedding._gather import kernel_vectors, pool, restore_dtypes, rows_of
+from recblocks.embedding._gather import kernel_vectors, pool, restore_dtypes, rows_of, vectors_in_order
 from recblocks.embedding._id_table_state import capacities_of
-from recblocks.embedding._layout import Group, Ids, PackedIds, Vectors, holds_all
+from recblocks.embedding._layout import Vectors, holds_all
+from recblocks.embedding._packing import Group, Ids, PackedIds, groups_of, pack
 from recblocks.embedding.fused_lookup import FusedEmbeddingLookup
 from recblocks.kernels.fused_lookup import dispatch
 
@@ -118,7 +119,7 @@ class ServingLookup(nn.Module):
     def forward(self, features: Mapping[str, Ids] | PackedIds) -> Vectors:
         """Look all features up, like `FusedEmbeddingLookup.forward`."""
         backend = self._backend
-        groups = self.layout.groups(features, self.places.device, backend)
+        groups = groups_of(self.layout, features, self.places.device, backend)
         slots = Slots(self.keys, self.rows, self.hashed, self.begins)
         if backend is not None:
             weights = {str(dim): self.get_buffer(f"weight_{dim}") for dim in self.layout.dims}
@@ -127,11 +128,11 @@ class ServingLookup(nn.Module):
             return kernel_vectors(backend, groups, slots, self.places, weights, scales, self.layout)
         rows = rows_of(groups, slots, self.places, None)
         found = [self._vectors(group, their) for group, their in zip(groups, rows, strict=True)]
-        return self.layout.vectors(groups, found)
+        return vectors_in_order(self.layout, groups, found)
 
     def pack(self, features: Mapping[str, Ids]) -> PackedIds:
         """Lay the ids of all features side by side, like `FusedEmbeddingLookup.pack`."""
-        return self.layout.pack(features, self.places.device, self._backend)
+        return pack(self.layout, features, self.places.device, self._backend)
 
     def get_extra_state(self) -> Tensor:
         """What the lookup was made for."""

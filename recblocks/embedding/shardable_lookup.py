@@ -21,15 +21,13 @@ from recblocks.embedding._gather import give_rows, rows_of, without_row
 from recblocks.embedding._id_table_state import SAVED, capacities_of
 from recblocks.embedding._layout import (
     EmbeddingTable,
-    Group,
     IdFeature,
-    Ids,
     Layout,
-    PackedIds,
     Range,
     Vectors,
     holds_all,
 )
+from recblocks.embedding._packing import Group, Ids, PackedIds, groups_of, pack
 from recblocks.embedding.fused_lookup import FusedEmbeddingLookup
 from recblocks.embedding.id_table import IdTable
 from recblocks.kernels.fused_lookup import dispatch
@@ -181,7 +179,7 @@ class ShardableLookup(nn.Module):
 
     def pack(self, features: Mapping[str, Ids]) -> PackedIds:
         """Lay the ids of all features side by side, like `FusedEmbeddingLookup.pack`."""
-        return self.layout.pack(features, self.places.device, self._backend)
+        return pack(self.layout, features, self.places.device, self._backend)
 
     def insert(
         self,
@@ -221,7 +219,7 @@ class ShardableLookup(nn.Module):
         return dispatch.resolve("auto", self.places.device)
 
     def _groups(self, features: Mapping[str, Ids] | PackedIds) -> Sequence[Group]:
-        return self.layout.groups(features, self.places.device, self._backend)
+        return groups_of(self.layout, features, self.places.device, self._backend)
 
     def _agree(
         self,

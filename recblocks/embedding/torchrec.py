@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from recblocks import _checks
 from recblocks.embedding import _collections
-from recblocks.embedding._layout import EmbeddingTable, Ids, Vectors
+from recblocks.embedding._layout import EmbeddingTable, Vectors
+from recblocks.embedding._packing import Ids
 from recblocks.embedding.fused_lookup import FusedEmbeddingLookup
 from recblocks.embedding.serving_lookup import ServingLookup
 from recblocks.embedding.shardable_lookup import ShardableLookup

@@ -1,0 +1,222 @@
+"""A batch of features laid side by side, so that all are looked up in one go."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from recblocks import _checks
+from recblocks.embedding._layout import Kind, Layout
+from recblocks.kernels.dispatch import watched
+from recblocks.kernels.fused_lookup import cpp
+
+Ids: TypeAlias = Tensor | tuple[Tensor, Tensor]
+_DTYPE, _DEVICE, _SHAPE, _NDIM = map(operator.attrgetter, ("dtype", "device", "shape", "ndim"))
+
+
+class Group(NamedTuple):
+    """Features of one width that are pooled alike, their ids side by side."""
+
+    kind: Kind
+    """One id in each bag; ids without bags; bags that are pooled."""
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    """Of the ids of each feature, where they are without bags."""
+    ids: Tensor
+    """(F, B) one in each bag, else (N,), those of a feature behind those of the one before."""
+    feature: Tensor
+    """(F, 1) the number of each feature; (N,) of each id's, where they are without bags."""
+    offsets: Tensor | None
+    """(F B + 1,) where the bags begin and the last one ends."""
+    sizes: Tensor | None
+    """(F,) how many ids are in the bags of each feature."""
+
+    def numbers(self) -> Tensor:
+        """The number of each id's feature, which broadcasts against the ids."""
+        if self.sizes is None:
+            return self.feature
+        return torch.repeat_interleave(self.feature.flatten(), self.sizes, output_size=self.ids.shape[0])
+
+    def unpooled(self, vectors: Tensor) -> dict[str, Tensor]:
+        """(..., dim) of each feature, of the (N, dim) of all ids without bags."""
+        flat = torch.split(vectors, [math.prod(shape) for shape in self.shapes])
+        each = zip(self.names, flat, self.shapes, strict=True)
+        return {name: one.view(*shape, vectors.shape[1]) for name, one, shape in each}
+
+
+class PackedIds(NamedTuple):
+    """The ids of a batch, side by side: what `FusedEmbeddingLookup.pack` makes of the features one by one."""
+
+    groups: tuple[Group, ...]
+    made_for: str
+    """What a lookup must be for that takes them."""
+
+
+def groups_of(
+    layout: Layout, features: Mapping[str, Ids] | PackedIds, device: torch.device, backend: str | None
+) -> Sequence[Group]:
+    """Those of a batch, packed or not; ``backend`` is like `pack`'s."""
+    if not isinstance(features, PackedIds):
+        return pack(layout, features, device, backend).groups
+    if features.made_for != layout.made_for:
+        layout.refuse("features", features.made_for)
+    names = [name for group in features.groups for name in group.names]
+    if len(names) != len(layout.features) or set(names) != layout.features.keys():
+        raise ValueError(f"features must be packed of {list(layout.features)}, each once, got {names}")
+    every = ((group.ids, group.feature, group.offsets, group.sizes) for group in features.groups)
+    for one in (tensor for tensors in every for tensor in tensors if tensor is not None):
+        _checks.integers("features", one)
+        if one.device != device:
+            raise ValueError(f"features must be packed on {device} like the lookup, got {one.device}")
+    return features.groups
+
+
+def pack(layout: Layout, features: Mapping[str, Ids], device: torch.device, backend: str | None) -> PackedIds:
+    """Lay a batch side by side; ``backend`` is what `dispatch.resolve` says."""
+    groups = _plain_groups(layout, features, device, backend)
+    if groups is None:
+        _check(layout, features, device)
+        kinds = layout.kinds({name: isinstance(ids, Tensor) and ids.ndim == 1 for name, ids in features.items()})
+        groups = tuple(_group(layout, kind, names, features) for kind, names in kinds)
+    return PackedIds(groups, layout.made_for)
+
+
+def _group(layout: Layout, kind: Kind, names: list[str], features: Mapping[str, Ids]) -> Group:
+    given = [_parts(features[name]) for name in names]
+    ids = [one if one.ndim == 1 else one.flatten() for one, _ in given]
+    if kind == "each":
+        shapes = tuple(tuple(one.shape) for one, _ in given)
+        numbers = _numbers(layout, names, ids[0].device)
+        of = [number.expand(math.prod(shape)) for number, shape in zip(numbers, shapes, strict=True)]
+        return Group(kind, tuple(names), shapes, torch.cat(ids), torch.cat(of), None, None)
+    return _bags(layout, kind, names, *_lay(ids, None if kind == "one" else [_offsets(*one) for one in given]))
+
+
+def _bags(
+    layout: Layout, kind: Kind, names: list[str], ids: Tensor, offsets: Tensor | None, sizes: Tensor | None
+) -> Group:
+    """Features that pool, laid side by side; without offsets each has one id in each bag."""
+    numbers = _numbers(layout, names, ids.device)
+    if offsets is None:
+        return Group(kind, tuple(names), (), ids.view(len(names), -1), numbers, None, None)
+    return Group(kind, tuple(names), (), ids, numbers, offsets, sizes)
+
+
+def _numbers(layout: Layout, names: list[str], device: torch.device) -> Tensor:
+    """(F, 1) the numbers of these features."""
+    every = len(names) == len(layout.features)
+    if device.type == "cpu" and not every:
+        return torch.tensor([[layout.place[name]] for name in names], device=device)
+    numbers = torch.arange(len(layout.features), device=device)[:, None]
+    return numbers if every else torch.cat([numbers[layout.place[name]] for name in names])[:, None]
+
+
+def _plain_groups(
+    layout: Layout, features: Mapping[str, Ids], device: torch.device, backend: str | None
+) -> tuple[Group, ...] | None:
+    """Of hundreds of features, all ids or bags, that are seen to be right at once; None: each must be looked at."""
+    if torch.compiler.is_compiling() or not isinstance(features, Mapping):
+        return None
+    if features.keys() != layout.features.keys():
+        return None
+    given: dict[str, Any] = {name: features[name] for name in layout.features}
+    pairs = {name: one for name, one in given.items() if type(one) is tuple}
+    if not pairs.keys().isdisjoint(layout.unpooled) or any(len(pair) != 2 for pair in pairs.values()):
+        return None
+    offsets = {name: pair[1] for name, pair in pairs.items()}
+    ids = given | {name: pair[0] for name, pair in pairs.items()}
+    flat = [*(ids[name] for name in layout.pooled), *offsets.values()]
+    every = (*ids.values(), *offsets.values())
+    if set(map(type, every)) != {Tensor} or set(map(_DTYPE, every)) != {torch.int64}:
+        return None
+    if set(map(_DEVICE, every)) != {device} or set(map(_NDIM, flat)) != {1}:
+        return None
+    num_rows = {shape[0] for shape in {ids[name].shape for name in layout.pooled if name not in pairs}}
+    num_rows |= {shape[0] - 1 for shape in set(map(_SHAPE, offsets.values()))}
+    if len(num_rows) > 1 or min(num_rows) < 0:
+        return None
+    in_cpp = backend == "cpp" and device.type == "cpu" and not watched() and all(map(Tensor.is_contiguous, flat))
+    alike = len(pairs) in (0, len(layout.pooled))
+    kinds = layout.plain_kinds[not pairs] if alike else layout.kinds({name: name not in pairs for name in given})
+    groups = []
+    for kind, names in kinds:
+        if kind == "each":
+            groups.append(_group(layout, kind, names, features))
+            continue
+        own, begins = [ids[name] for name in names], [offsets[name] for name in names] if kind != "one" else None
+        laid = cpp.lay(own, begins) if in_cpp else _lay(own, begins) if _run(own, begins) else None
+        if laid is None:
+            return None
+        groups.append(_bags(layout, kind, names, *laid))
+    return tuple(groups)
+
+
+def _check(layout: Layout, features: Mapping[str, Ids], device: torch.device) -> None:
+    if not isinstance(features, Mapping):
+        raise TypeError(f"features must be a mapping of names, or packed, got {_checks.describe(features)}")
+    if features.keys() != layout.features.keys():
+        missing = [name for name in layout.features if name not in features]
+        unknown = [name for name in features if name not in layout.features]
+        raise ValueError(f"features must be those of the lookup, got none of {missing} and unknown {unknown}")
+    sizes = {}
+    for name, given in features.items():
+        ids, offsets = _parts(given)
+        pools = layout.features[name].pooling is not None
+        _checks.integers(f"features[{name!r}]", ids, *(("N",) if pools and isinstance(given, tuple) else ()))
+        if isinstance(given, tuple):
+            _checks.integers(f"features[{name!r}][1]", offsets, "B + 1")
+        for one in (ids, offsets):
+            if one is not None and one.device != device:
+                raise ValueError(f"features[{name!r}] must be on {device} like the lookup, got {one.device}")
+        if offsets is not None:
+            if not pools:
+                raise ValueError(f"features[{name!r}] must be ids alone where they are not pooled, got offsets too")
+            _checks.offsets(f"features[{name!r}][1]", offsets, ids.shape[0])
+            sizes[name] = offsets.shape[0] - 1
+        elif pools:
+            if ids.ndim not in (1, 2):
+                raise ValueError(f"features[{name!r}] must have shape (B) or (B, L), got {_checks.describe(ids)}")
+            sizes[name] = ids.shape[0]
+    wrong = [name for name in sizes if sizes[name] != sizes[layout.pooled[0]]]
+    if wrong:
+        first, other = layout.pooled[0], wrong[0]
+        rows = f"{sizes[other]} for {other!r} and {sizes[first]} for {first!r}"
+        raise ValueError(f"features that pool must have the same number of rows, got {rows}")
+
+
+def _lay(ids: list[Tensor], offsets: list[Tensor] | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """What `cpp.lay` gives, of offsets that run as they must."""
+    every = torch.cat(ids)
+    if offsets is None:
+        return every, None, None
+    begins = torch.stack(offsets)
+    sizes = begins[:, -1]
+    moved = (sizes.cumsum(0) - sizes)[:, None] + begins[:, :-1]
+    return every, torch.cat([moved.flatten(), every.new_full((1,), every.shape[0])]), sizes
+
+
+def _run(ids: list[Tensor], offsets: list[Tensor] | None) -> bool:
+    """Whether offsets run from 0 to as many ids as there are, and never back, where that can be read."""
+    if offsets is None or not _checks.readable(offsets[0]):
+        return True
+    begins = torch.stack(offsets)
+    ends = torch.tensor([one.numel() for one in ids], device=begins.device)
+    runs = (begins[:, 0] == 0) & (begins[:, -1] == ends)
+    return bool(runs.all() & (begins[:, 1:] >= begins[:, :-1]).all())
+
+
+def _parts(given: Ids) -> tuple[Tensor, Tensor | None]:
+    """The ids, and the offsets of their bags if they have any."""
+    return given if isinstance(given, tuple) and len(given) == 2 else (given, None)
+
+
+def _offsets(ids: Tensor, offsets: Tensor | None) -> Tensor:
+    """(B + 1,) where the bags of a feature begin."""
+    if offsets is not None:
+        return offsets
+    return ids.shape[1] * torch.arange(ids.shape[0] + 1, device=ids.device)
