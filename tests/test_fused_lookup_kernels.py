@@ -5,12 +5,13 @@ import itertools
 import os
 import subprocess
 import sys
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import pytest
 import torch
 from lookups import FEATURES, TABLES
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from recblocks import EmbeddingTable, FusedEmbeddingLookup, IdFeature, ServingLookup
 from recblocks._hashing import mix, unmix
@@ -266,8 +267,8 @@ def test_features_of_all_widths_and_kinds_are_one_call(backend, device, dtype, a
     offsets = torch.tensor([0, 2, 2, 3, 6, 6, 7], device=device)
     given = {name: some_ids(device, 6 if alike or name in "abe" else 7, seed=at) for at, name in enumerate(dims)}
     given = {name: ids if len(ids) == 6 else (ids, offsets) for name, ids in given.items()}
-    calls, operator = [], dispatch.lookup_vectors
-    monkeypatch.setattr(dispatch, "lookup_vectors", lambda *asked: calls.append(asked) or operator(*asked))
+    calls, operator = [], dispatch.vectors_of
+    monkeypatch.setattr(dispatch, "vectors_of", lambda *asked: calls.append(asked) or operator(*asked))
     got = ServingLookup(lookup, dtype=dtype, backend=backend)(given).pooled
     assert len(calls) == 1
     want = ServingLookup(lookup, dtype=dtype, backend="reference")(given).pooled
@@ -388,6 +389,18 @@ def test_a_compiled_lookup_keeps_the_kernels_in_one_graph(backend, device, grad)
     assert any(name in one for one in operations)
 
 
+class _Seen(TorchDispatchMode):
+    """What operators a mode sees."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
 def test_the_operators_pass_torch_s_own_check(backend, device):
     lookup, asked = trained(backend, device), []
 
@@ -395,13 +408,42 @@ def test_the_operators_pass_torch_s_own_check(backend, device):
         asked.append(given)
         return torch.ops.recblocks.fused_lookup_vectors(*given)
 
-    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad(), _Seen():
         patch.setattr(dispatch, "lookup_vectors", noted)
         lookup(batch(device))
     assert [given[12] for given in asked] == [False, True]  # the feature that does not pool, and the others at once
     for given in asked:
         torch.library.opcheck(dispatch.lookup_vectors, given)
     torch.library.opcheck(dispatch.lookup_rows, (*asked[0][:7], backend))
+
+
+class _Own(torch.Tensor):
+    """A tensor of somebody's own, that sees what is done with it."""
+
+    seen: ClassVar[list[str]] = []
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        cls.seen.append(str(function))
+        return super().__torch_function__(function, types, args, kwargs)
+
+
+def test_whoever_looks_sees_the_operator(backend, device):
+    lookup = trained(backend, device)
+    given = lookup.pack(batch(device))
+    with torch.no_grad():
+        want = lookup(given).pooled
+        with _Seen() as mode:
+            seen = lookup(given).pooled
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            profiled = lookup(given).pooled
+        groups = [group._replace(ids=group.ids.as_subclass(_Own)) for group in given.groups]
+        own = lookup(given._replace(groups=tuple(groups))).pooled
+    for found in (seen, profiled, own):
+        assert torch.equal(found, want)
+    assert "recblocks.fused_lookup_vectors.default" in mode.names
+    assert "recblocks::fused_lookup_vectors" in [event.key for event in profile.key_averages()]
+    assert "recblocks.fused_lookup_vectors.default" in _Own.seen
 
 
 # --- Triton ---

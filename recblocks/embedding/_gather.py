@@ -80,13 +80,14 @@ def kernel_vectors(
     groups: Sequence[Group],
     slots: Slots,
     places: Tensor,
-    weights: Mapping[str, Tensor],
-    scales: Mapping[str, Tensor],
+    weights: Sequence[Tensor],
+    scales: Sequence[Tensor],
     layout: Layout,
 ) -> Vectors:
-    """All vectors by a kernel, without gradient: those of the features that pool at once, each in its columns."""
-    dims = [str(dim) for dim in layout.dims]
-    whole = [weights[dim] for dim in dims], [scales[dim] for dim in dims if dim in scales]
+    """All vectors by a kernel, without gradient: those of the features that pool at once, each in its columns.
+
+    Weights, and scales if there are any, are by width.
+    """
     groups = sorted(groups, key=lambda group: layout.dim_of[group.names[0]])
 
     def look_up(those: Sequence[Group], num_columns: int, pooled: bool) -> Tensor:
@@ -94,8 +95,7 @@ def kernel_vectors(
         each = [(layout.dim_of[group.names[0]], len(group.names) if pooled else 1) for group in those]
         counts = [sum(count for of, count in each if of == dim) for dim in layout.dims]
         how = counts, num_columns, pooled, backend
-        found: Tensor = dispatch.lookup_vectors(ids, feature, places, *slots, *whole, offsets, *how)
-        return found
+        return dispatch.vectors_of(ids, feature, places, *slots, weights, scales, offsets, *how)
 
     in_bags = [group for group in groups if group.kind != "each"]
     unpooled: dict[str, Tensor] = {}

@@ -57,6 +57,15 @@ class Range(NamedTuple):
     feature: str | None
 
 
+class Alike(NamedTuple):
+    """Features of one width that are pooled alike."""
+
+    kind: Kind
+    """One id in each bag; ids without bags; bags that are pooled."""
+    numbers: tuple[int, ...]
+    names: tuple[str, ...]
+
+
 class Layout:
     """What follows from the tables and features alone."""
 
@@ -72,10 +81,12 @@ class Layout:
         self.order = sorted(self.tables, key=lambda name: self.tables[name].dim)
         self.dims = sorted({one.dim for one in self.tables.values()})
         self.dim_of = {name: self.tables[one.table].dim for name, one in self.features.items()}
-        self.place = {name: number for number, name in enumerate(self.features)}
-        self.plain_kinds = [self.kinds(dict.fromkeys(features, single)) for single in (False, True)]
+        self.all_alike = [self.alike([single] * len(features)) for single in (False, True)]
         self.pooled = [name for name, one in self.features.items() if one.pooling is not None]
         self.unpooled = [name for name, one in self.features.items() if one.pooling is None]
+        pools = [one.pooling is not None for one in self.features.values()]
+        self.pooled_at = [at for at, one in enumerate(pools) if one]
+        self.unpooled_at = [at for at, one in enumerate(pools) if not one]
         self.num_columns = sum(self.dim_of[name] for name in self.pooled)
         dims = [[name, one.dim] for name, one in self.tables.items()]
         self.made_for = json.dumps({"dims": dims, "features": [[name, *one] for name, one in self.features.items()]})
@@ -148,13 +159,13 @@ class Layout:
             if theirs.get(name) != own:
                 raise ValueError(f"{argument} must be of a lookup with {name} {own}, got {theirs.get(name)}")
 
-    def kinds(self, single: Mapping[str, bool]) -> list[tuple[Kind, list[str]]]:
-        """The features of each group, where these have one id in each bag."""
-        kinds: dict[tuple[int, Kind], list[str]] = {}
-        for name, one in self.features.items():
-            kind: Kind = "each" if one.pooling is None else "one" if single[name] else one.pooling
-            kinds.setdefault((self.dim_of[name], kind), []).append(name)
-        return [(kind, names) for (_, kind), names in kinds.items()]
+    def alike(self, single: Sequence[bool]) -> list[Alike]:
+        """The features of one width that are pooled alike, where these have one id in each bag."""
+        found: dict[tuple[int, Kind], list[tuple[int, str]]] = {}
+        for at, (name, one) in enumerate(self.features.items()):
+            kind: Kind = "each" if one.pooling is None else "one" if single[at] else one.pooling
+            found.setdefault((self.dim_of[name], kind), []).append((at, name))
+        return [Alike(kind, *map(tuple, zip(*those, strict=True))) for (_, kind), those in found.items()]
 
     def in_order(self, unpooled: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The vectors of the features that do not pool, in the order of the features."""

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from recblocks import _checks
-from recblocks.embedding._layout import Kind, Layout
+from recblocks.embedding._layout import Alike, Kind, Layout
 from recblocks.kernels.dispatch import watched
 from recblocks.kernels.fused_lookup import cpp
 
 Ids: TypeAlias = Tensor | tuple[Tensor, Tensor]
 _DTYPE, _DEVICE, _SHAPE, _NDIM = map(operator.attrgetter, ("dtype", "device", "shape", "ndim"))
+_IS_CPU = operator.attrgetter("is_cpu")
 
 
 class Group(NamedTuple):
@@ -81,39 +82,41 @@ def pack(layout: Layout, features: Mapping[str, Ids], device: torch.device, back
     groups = _plain_groups(layout, features, device, backend)
     if groups is None:
         _check(layout, features, device)
-        kinds = layout.kinds({name: isinstance(ids, Tensor) and ids.ndim == 1 for name, ids in features.items()})
-        groups = tuple(_group(layout, kind, names, features) for kind, names in kinds)
+        given = [_parts(features[name]) for name in layout.features]
+        alike = layout.alike([offsets is None and ids.ndim == 1 for ids, offsets in given])
+        groups = tuple(_group(layout, of, [given[at] for at in of.numbers]) for of in alike)
     return PackedIds(groups, layout.made_for)
 
 
-def _group(layout: Layout, kind: Kind, names: list[str], features: Mapping[str, Ids]) -> Group:
-    given = [_parts(features[name]) for name in names]
-    ids = [one if one.ndim == 1 else one.flatten() for one, _ in given]
-    if kind == "each":
-        shapes = tuple(tuple(one.shape) for one, _ in given)
-        numbers = _numbers(layout, names, ids[0].device)
-        of = [number.expand(math.prod(shape)) for number, shape in zip(numbers, shapes, strict=True)]
-        return Group(kind, tuple(names), shapes, torch.cat(ids), torch.cat(of), None, None)
-    return _bags(layout, kind, names, *_lay(ids, None if kind == "one" else [_offsets(*one) for one in given]))
+def _group(layout: Layout, of: Alike, given: list[tuple[Tensor, Tensor | None]]) -> Group:
+    if of.kind == "each":
+        return _each(layout, of, [ids for ids, _ in given])
+    offsets = None if of.kind == "one" else [_offsets(*one) for one in given]
+    return _bags(layout, of, *_lay([ids.flatten() for ids, _ in given], offsets))
 
 
-def _bags(
-    layout: Layout, kind: Kind, names: list[str], ids: Tensor, offsets: Tensor | None, sizes: Tensor | None
-) -> Group:
+def _each(layout: Layout, of: Alike, ids: list[Tensor]) -> Group:
+    """Features that do not pool, laid side by side."""
+    shapes = tuple(tuple(one.shape) for one in ids)
+    numbers = _numbers(layout, of, ids[0].device)
+    every = [number.expand(math.prod(shape)) for number, shape in zip(numbers, shapes, strict=True)]
+    flat = torch.cat([one.flatten() for one in ids])
+    return Group("each", of.names, shapes, flat, torch.cat(every), None, None)
+
+
+def _bags(layout: Layout, of: Alike, ids: Tensor, offsets: Tensor | None, sizes: Tensor | None) -> Group:
     """Features that pool, laid side by side; without offsets each has one id in each bag."""
-    numbers = _numbers(layout, names, ids.device)
-    if offsets is None:
-        return Group(kind, tuple(names), (), ids.view(len(names), -1), numbers, None, None)
-    return Group(kind, tuple(names), (), ids, numbers, offsets, sizes)
+    ids = ids.view(len(of.names), -1) if offsets is None else ids
+    return Group(of.kind, of.names, (), ids, _numbers(layout, of, ids.device), offsets, sizes)
 
 
-def _numbers(layout: Layout, names: list[str], device: torch.device) -> Tensor:
+def _numbers(layout: Layout, of: Alike, device: torch.device) -> Tensor:
     """(F, 1) the numbers of these features."""
-    every = len(names) == len(layout.features)
+    every = len(of.numbers) == len(layout.features)
     if device.type == "cpu" and not every:
-        return torch.tensor([[layout.place[name]] for name in names], device=device)
-    numbers = torch.arange(len(layout.features), device=device)[:, None]
-    return numbers if every else torch.cat([numbers[layout.place[name]] for name in names])[:, None]
+        return torch.tensor(of.numbers, device=device).unsqueeze(1)
+    numbers = torch.arange(len(layout.features), device=device).unsqueeze(1)
+    return numbers if every else torch.cat([numbers[at] for at in of.numbers]).unsqueeze(1)
 
 
 def _plain_groups(
@@ -124,35 +127,36 @@ def _plain_groups(
         return None
     if features.keys() != layout.features.keys():
         return None
-    given: dict[str, Any] = {name: features[name] for name in layout.features}
-    pairs = {name: one for name, one in given.items() if type(one) is tuple}
-    if not pairs.keys().isdisjoint(layout.unpooled) or any(len(pair) != 2 for pair in pairs.values()):
+    given: list[Any] = [features[name] for name in layout.features]
+    pairs = [one for one in given if type(one) is tuple]
+    if not {2}.issuperset(map(len, pairs)):
         return None
-    offsets = {name: pair[1] for name, pair in pairs.items()}
-    ids = given | {name: pair[0] for name, pair in pairs.items()}
-    flat = [*(ids[name] for name in layout.pooled), *offsets.values()]
-    every = (*ids.values(), *offsets.values())
-    if set(map(type, every)) != {Tensor} or set(map(_DTYPE, every)) != {torch.int64}:
+    ids = [one[0] if type(one) is tuple else one for one in given]
+    offsets = [one[1] if type(one) is tuple else None for one in given]
+    begins = [one for _, one in pairs]
+    every, flat = ids + begins, [ids[at] for at in layout.pooled_at] + begins
+    if set(map(type, every)) != {Tensor} or set(map(_DTYPE, every)) != {torch.int64} or set(map(_NDIM, flat)) != {1}:
         return None
-    if set(map(_DEVICE, every)) != {device} or set(map(_NDIM, flat)) != {1}:
+    if not (all(map(_IS_CPU, every)) if device.type == "cpu" else set(map(_DEVICE, every)) == {device}):
         return None
-    num_rows = {shape[0] for shape in {ids[name].shape for name in layout.pooled if name not in pairs}}
-    num_rows |= {shape[0] - 1 for shape in set(map(_SHAPE, offsets.values()))}
-    if len(num_rows) > 1 or min(num_rows) < 0:
+    num_rows = {shape[0] for shape in {ids[at].shape for at in layout.pooled_at if offsets[at] is None}}
+    num_rows |= {shape[0] - 1 for shape in set(map(_SHAPE, begins))}
+    if len(num_rows) > 1 or min(num_rows) < 0 or any(offsets[at] is not None for at in layout.unpooled_at):
         return None
     in_cpp = backend == "cpp" and device.type == "cpu" and not watched() and all(map(Tensor.is_contiguous, flat))
-    alike = len(pairs) in (0, len(layout.pooled))
-    kinds = layout.plain_kinds[not pairs] if alike else layout.kinds({name: name not in pairs for name in given})
+    uniform = len(pairs) in (0, len(layout.pooled))
+    alike = layout.all_alike[not pairs] if uniform else layout.alike([one is None for one in offsets])
     groups = []
-    for kind, names in kinds:
-        if kind == "each":
-            groups.append(_group(layout, kind, names, features))
+    for of in alike:
+        own = [ids[at] for at in of.numbers]
+        if of.kind == "each":
+            groups.append(_each(layout, of, own))
             continue
-        own, begins = [ids[name] for name in names], [offsets[name] for name in names] if kind != "one" else None
-        laid = cpp.lay(own, begins) if in_cpp else _lay(own, begins) if _run(own, begins) else None
+        bags: list[Any] | None = None if of.kind == "one" else [offsets[at] for at in of.numbers]
+        laid = cpp.lay(own, bags) if in_cpp else _lay(own, bags) if _run(own, bags) else None
         if laid is None:
             return None
-        groups.append(_bags(layout, kind, names, *laid))
+        groups.append(_bags(layout, of, *laid))
     return tuple(groups)
 
 

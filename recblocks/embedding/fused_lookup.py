@@ -206,8 +206,8 @@ class FusedEmbeddingLookup(nn.Module):
             groups = groups_of(self.layout, features, self.places.device, backend)
             # Of other dtypes torch rounds the sums of bags as it goes, and training must give what this gives.
             if backend is not None and not torch.is_grad_enabled() and self._dtype == torch.float32:
-                weights = {dim: weight.detach() for dim, weight in self.weights.items()}
-                return kernel_vectors(backend, groups, slots, self.places, weights, {}, self.layout)
+                weights = [self.weights[str(dim)] for dim in self.layout.dims]
+                return kernel_vectors(backend, groups, slots, self.places, weights, [], self.layout)
             rows = rows_of(groups, slots, self.places, backend)
             if self.gradient in _OPTIMIZERS:
                 return vectors_in_order(self.layout, groups, self._trained_vectors(groups, rows))

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import itertools
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
@@ -46,6 +45,25 @@ class TableFull(ValueError):
     def __reduce__(self) -> tuple[Any, ...]:
         """Be made again from what it was made from, in another process too."""
         return type(self), (self.wanted, self.room, self.part, self.num_parts, self.table)
+
+
+class _Reading(NamedTuple):
+    """While something is read of a table, which must not change."""
+
+    table: IdTable
+    what: str
+    version: int
+
+    def __enter__(self) -> None:
+        if self.version % 2:
+            self._refuse()
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None and self.version != self.table._version:
+            self._refuse()
+
+    def _refuse(self) -> None:
+        raise RuntimeError(f"{self.what} must not run while the table is written")
 
 
 class Inserted(NamedTuple):
@@ -312,14 +330,9 @@ class IdTable(nn.Module):
         table.load_state_dict(saved["state"], assign=True)
         return table
 
-    @contextlib.contextmanager
-    def reading(self, what: str) -> Iterator[None]:
+    def reading(self, what: str) -> _Reading:
         """Raise a RuntimeError that names who reads, where the table is written meanwhile."""
-        version = self._version
-        if version % 2 == 0:
-            yield
-        if version % 2 or version != self._version:
-            raise RuntimeError(f"{what} must not run while the table is written")
+        return _Reading(self, what, self._version)
 
     def extra_repr(self) -> str:
         """Name the capacity and the rules."""

@@ -122,9 +122,9 @@ class ServingLookup(nn.Module):
         groups = groups_of(self.layout, features, self.places.device, backend)
         slots = Slots(self.keys, self.rows, self.hashed, self.begins)
         if backend is not None:
-            weights = {str(dim): self.get_buffer(f"weight_{dim}") for dim in self.layout.dims}
+            weights = [self.get_buffer(f"weight_{dim}") for dim in self.layout.dims]
             quantized = self.dtype == torch.int8
-            scales = {str(dim): self.get_buffer(f"scale_{dim}") for dim in self.layout.dims if quantized}
+            scales = [self.get_buffer(f"scale_{dim}") for dim in self.layout.dims if quantized]
             return kernel_vectors(backend, groups, slots, self.places, weights, scales, self.layout)
         rows = rows_of(groups, slots, self.places, None)
         found = [self._vectors(group, their) for group, their in zip(groups, rows, strict=True)]

@@ -185,22 +185,23 @@ def lay(ids: Sequence[Tensor], offsets: Sequence[Tensor] | None) -> tuple[Tensor
     """Lay features side by side: in one pass, where `torch.cat` looks at each of hundreds of tensors many times.
 
     Args:
-        ids: (N) int64 of each feature, contiguous, on a CPU.
+        ids: (N) int64 of each feature, contiguous, on a CPU; without offsets as many of each.
         offsets: (B + 1) of each likewise, where its bags begin and the last one ends; None where ids have no bags.
 
     Returns:
-        (ΣN) all ids; (F B + 1) where the bags begin among them and the last one ends; (F,) how many ids of each
-        feature. None where offsets do not run from 0 to the number of ids.
+        (ΣN) all ids; (F B + 1) where the bags begin among them and the last one ends, and (F,) how many ids of each
+        feature, None where there are no bags. None where offsets do not run from 0 to the number of ids.
     """
-    sizes = torch.frombuffer(array("q", map(Tensor.numel, ids)), dtype=torch.int64)
-    num_rows = 0 if offsets is None else offsets[0].shape[0] - 1
-    every = torch.empty(sum(sizes.tolist()), dtype=torch.int64, device="cpu")
+    sizes = array("q", map(Tensor.numel, ids)) if offsets else array("q", ids[0].shape) * len(ids)
+    num_rows = offsets[0].shape[0] - 1 if offsets else 0
+    every = torch.empty(sum(sizes), dtype=torch.int64, device="cpu")
     begins = None if offsets is None else torch.empty(len(ids) * num_rows + 1, dtype=torch.int64, device="cpu")
-    where_ids, where_offsets = (array("q", map(Tensor.data_ptr, some)) for some in (ids, offsets or ids))
-    given = where_ids.buffer_info()[0], sizes.data_ptr(), where_offsets.buffer_info()[0] if offsets else None
-    apart = _Apart(*given, len(ids), num_rows)
+    where = array("q", map(Tensor.data_ptr, ids)), sizes, array("q", map(Tensor.data_ptr, offsets or ()))
+    apart = _Apart(*(some.buffer_info()[0] or None for some in where), len(ids), num_rows)
     wrong = library().lay(apart, every.data_ptr(), _pointer(begins), _num_threads())
-    return None if wrong else (every, begins, sizes)
+    if wrong:
+        return None
+    return every, begins, torch.frombuffer(sizes, dtype=torch.int64) if offsets else None
 
 
 def _num_threads() -> int:

@@ -10,14 +10,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from recblocks import _checks
-from recblocks.kernels.dispatch import transformed
+from recblocks.kernels.dispatch import transformed, watched
 from recblocks.kernels.fused_lookup import cpp
 from recblocks.kernels.fused_lookup.asked import ELEMENTS, Asked
 
 BACKENDS = ("auto", "reference", "cpp", "triton")
 
+_PLAIN = frozenset((Tensor, Parameter, type(None)))  # what is done with a subclass is to be seen by it
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
@@ -73,12 +75,11 @@ def lookup_rows(
     asked.check()
     found = torch.empty(ids.shape, dtype=torch.int64, device=ids.device)
     if ids.numel():
-        _kernels(backend).fill_rows(found, asked.contiguous(), _repeat(ids, feature))
+        _kernels(backend).fill_rows(found, asked.contiguous(), _repeat(ids.numel(), feature))
     return found
 
 
-@torch.library.custom_op("recblocks::fused_lookup_vectors", mutates_args=())
-def lookup_vectors(
+def _lookup_vectors(
     ids: Tensor,
     feature: Tensor,
     places: Tensor,
@@ -124,7 +125,7 @@ def lookup_vectors(
     """
     asked = Asked(ids, feature, places, keys, rows, hashed, begins)
     _check(asked, weights, scales, offsets, counts, num_columns, pooled)
-    repeat = _repeat(ids if offsets is None else offsets[1:], feature)
+    repeat = _repeat(ids.numel() if offsets is None else offsets.shape[0] - 1, feature)
     out = _vectors_like(asked, offsets, num_columns, pooled)
     if out.numel():
         weights, scales = ([one.contiguous() for one in every] for every in (weights, scales))
@@ -132,6 +133,19 @@ def lookup_vectors(
         counts = counts if pooled else [count * feature.numel() for count in counts]
         _kernels(backend).fill_vectors(out, asked.contiguous(), weights, scales, offsets, counts, repeat)
     return out
+
+
+lookup_vectors = torch.library.custom_op("recblocks::fused_lookup_vectors", _lookup_vectors, mutates_args=())
+
+
+def vectors_of(*asked: Any) -> Tensor:
+    """`lookup_vectors`, past torch's dispatcher where nothing there has to see it: the way through it takes .3 ms."""
+    given = *asked[:7], *asked[7], *asked[8], asked[9]
+    seen = watched() or torch._C._autograd._profiler_enabled() or given[0].is_meta
+    if seen or not _PLAIN.issuperset(map(type, given)):
+        found: Tensor = lookup_vectors(*asked[:7], [one.detach() for one in asked[7]], *asked[8:])
+        return found
+    return _lookup_vectors(*asked)
 
 
 @lookup_rows.register_fake
@@ -183,11 +197,11 @@ def _vectors_like(asked: Asked, offsets: Tensor | None, num_columns: int, pooled
     return torch.empty((num_rows, num_columns), dtype=torch.float32, device=asked.ids.device)
 
 
-def _repeat(given: Tensor, feature: Tensor) -> int:
+def _repeat(given: int, feature: Tensor) -> int:
     """How many ids, or bags, one after the other, each number of a feature is for."""
-    repeat, rest = divmod(given.numel(), feature.numel()) if feature.numel() else (0, given.numel())
+    repeat, rest = divmod(given, feature.numel()) if feature.numel() else (0, given)
     if rest:
-        raise ValueError(f"feature must have a number for so many of {given.numel()} each, got {feature.numel()}")
+        raise ValueError(f"feature must have a number for so many of {given} each, got {feature.numel()}")
     return repeat or 1
 
 

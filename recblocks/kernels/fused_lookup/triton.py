@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -230,7 +231,8 @@ def fill_rows(found: Tensor, asked: Asked, repeat: int) -> None:
     """What `lookup_rows` gives, into ``found``; all are contiguous."""
     num_ids = asked.ids.numel()
     numbers = num_ids, repeat, asked.places.shape[1], asked.keys.shape[0]
-    rows_of_ids[(triton.cdiv(num_ids, _MOST_IDS),)](*asked, found, *numbers, IDS=_MOST_IDS)
+    with torch.cuda.device_of(found):
+        rows_of_ids[(triton.cdiv(num_ids, _MOST_IDS),)](*asked, found, *numbers, IDS=_MOST_IDS)
 
 
 def fill_vectors(
@@ -249,11 +251,12 @@ def fill_vectors(
     given = *asked, wanted, by, nums
     numbers = repeat, *out.shape, asked.places.shape[1], asked.keys.shape[0]
     scaled = bool(scales)
-    if offsets is None:
-        num_programs = sum(triton.cdiv(num * repeat, own) for num, own in zip(nums, sizes["IDS"], strict=True))
-        vectors_of_ids[(num_programs,)](*given, out, *numbers, SCALED=scaled, **sizes)
-    else:
-        vectors_of_bags[(sum(nums) * repeat,)](*given, offsets, out, *numbers, SCALED=scaled, **sizes)
+    with torch.cuda.device_of(out):
+        if offsets is None:
+            num_programs = sum(triton.cdiv(num * repeat, own) for num, own in zip(nums, sizes["IDS"], strict=True))
+            vectors_of_ids[(num_programs,)](*given, out, *numbers, SCALED=scaled, **sizes)
+        else:
+            vectors_of_bags[(sum(nums) * repeat,)](*given, offsets, out, *numbers, SCALED=scaled, **sizes)
 
 
 def sizes_of(dims: Sequence[int]) -> dict[str, tuple[int, ...]]:
