@@ -2,7 +2,8 @@
 
 "fused" is given a tensor a feature, like the others; "packed before" what `pack` made of them, as in a data loader.
 
-The ids are 64 random bits, of a Zipf distribution in each feature, one in a hundred unseen; 300 tables of 50,000 ids.
+The ids are 64 random bits, of a Zipf distribution in each feature, one in a hundred unseen; 300 tables of 50,000 ids,
+all of one width, and at last of three widths in turn, where every third feature has bags and the others one id each.
 Before anything is timed every form must give the same vectors: bit by bit, bags but for the order of their sums.
 fbgemm, where it is installed, is given rows instead of ids: what a lookup costs without hashing.
 """
@@ -13,7 +14,7 @@ import copy
 import functools
 import importlib.util
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -22,14 +23,15 @@ from torch.nn import functional
 from benchmarks._timing import interleaved, keep_memory, table
 from recblocks import EmbeddingTable, FusedEmbeddingLookup, IdFeature, PackedIds
 
-NUM_FEATURES, NUM_IDS, DIM, NUM_ROWS, UNSEEN, EXPONENT = 300, 50_000, 32, 256, 0.01, 1.05
+NUM_FEATURES, NUM_IDS, NUM_ROWS, UNSEEN, EXPONENT = 300, 50_000, 256, 0.01, 1.05
+DIM, DIMS = 32, (16, 32, 48)
 LONGEST = 2, 8  # bags have 0 to so many ids: as many in all as without bags, and four times as many
 NUM_BATCHES = 5
 TOLERANCE = 1e-6
 NAMES = [f"feature {number}" for number in range(NUM_FEATURES)]
 BAG_AN_ID = torch.arange(NUM_FEATURES * NUM_ROWS + 1)  # where bags of one id each begin
 
-Batch = dict[str, Tensor] | dict[str, tuple[Tensor, Tensor]]
+Batch = dict[str, Tensor | tuple[Tensor, Tensor]]
 Form = Callable[[Batch], Tensor]
 
 
@@ -56,21 +58,25 @@ def bags(known: Tensor, longest: int) -> Batch:
     return {name: (ids[at, : offsets[at, -1]], offsets[at]) for at, name in enumerate(NAMES)}
 
 
-def split(batch: Batch) -> tuple[list[Tensor], list[Tensor] | None]:
+def mixed(known: Tensor) -> Batch:
+    """Every third feature in bags, the others one id each."""
+    some, others = bags(known, LONGEST[0]), one_each(known)
+    return {name: (others if at % 3 else some)[name] for at, name in enumerate(NAMES)}
+
+
+def split(batch: Batch) -> tuple[list[Tensor], list[Tensor | None]]:
     """The ids of each feature, and where its bags begin."""
-    first = next(iter(batch.values()))
-    if isinstance(first, Tensor):
-        return list(batch.values()), None
-    return [ids for ids, _ in batch.values()], [offsets for _, offsets in batch.values()]
+    pairs = [(one, None) if isinstance(one, Tensor) else one for one in batch.values()]
+    return [ids for ids, _ in pairs], [offsets for _, offsets in pairs]
 
 
 def side_by_side(batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
     """All ids, the feature of each, and where the bags begin, those of a feature behind those of the one before."""
     ids, offsets = split(batch)
     numbers = torch.arange(NUM_FEATURES)
-    if offsets is None:
+    if offsets[0] is None:
         return torch.cat(ids), numbers.repeat_interleave(NUM_ROWS), None
-    begins = torch.stack(offsets)
+    begins = torch.stack([BAG_AN_ID[: NUM_ROWS + 1] if one is None else one for one in offsets])
     sizes = begins[:, -1]
     ends = sizes.cumsum(0)
     whole = functional.pad((begins[:, :-1] + (ends - sizes)[:, None]).flatten(), (0, 1))
@@ -83,30 +89,33 @@ def columns(vectors: Tensor) -> Tensor:
     return vectors.view(NUM_FEATURES, NUM_ROWS, DIM).transpose(0, 1).reshape(NUM_ROWS, -1)
 
 
-def a_feature_at_a_time(known: Tensor, weight: Tensor, unseen: Tensor) -> Form:
+def a_feature_at_a_time(known: Tensor, weights: list[Tensor]) -> Form:
     """Of each feature a sorted vocabulary and an embedding, whose last row is for unseen ids."""
     vocabularies, order = known.sort()
-    weights = [torch.cat([one[at], last[None]]) for one, at, last in zip(weight, order, unseen, strict=True)]
+    weights = [torch.cat([one[at], one[-1:]]) for one, at in zip(weights, order, strict=True)]
 
     def rows(vocabulary: Tensor, ids: Tensor) -> Tensor:
         found = torch.searchsorted(vocabulary, ids)
         return torch.where(vocabulary[found.clamp(max=NUM_IDS - 1)] == ids, found, NUM_IDS)
 
+    def vectors(found: Tensor, weight: Tensor, offsets: Tensor | None) -> Tensor:
+        if offsets is None:
+            return functional.embedding(found, weight)
+        return functional.embedding_bag(found, weight, offsets, mode="sum", include_last_offset=True)
+
     def form(batch: Batch) -> Tensor:
         ids, offsets = split(batch)
         found = [rows(vocabulary, one) for vocabulary, one in zip(vocabularies, ids, strict=True)]
-        if offsets is None:
-            return torch.cat([functional.embedding(*one) for one in zip(found, weights, strict=True)], 1)
-        every = zip(found, weights, offsets, strict=True)
-        return torch.cat([functional.embedding_bag(*one, mode="sum", include_last_offset=True) for one in every], 1)
+        return torch.cat([vectors(*one) for one in zip(found, weights, offsets, strict=True)], 1)
 
     return form
 
 
-def all_at_once(known: Tensor, weight: Tensor, unseen: Tensor) -> Form:
+def all_at_once(known: Tensor, weights: list[Tensor]) -> Form:
     """One sorted vocabulary, for which no two features may have an id in common, and one embedding."""
     vocabulary, order = known.flatten().sort()
-    whole, num_ids = torch.cat([weight.flatten(0, 1)[order], unseen]), len(vocabulary)
+    own, unseen = (torch.cat(some) for some in ([one[:-1] for one in weights], [one[-1:] for one in weights]))
+    whole, num_ids = torch.cat([own[order], unseen]), len(vocabulary)
 
     def form(batch: Batch) -> Tensor:
         ids, feature, offsets = side_by_side(batch)
@@ -121,7 +130,7 @@ def all_at_once(known: Tensor, weight: Tensor, unseen: Tensor) -> Form:
     return form
 
 
-def fbgemm(known: Tensor, weight: Tensor, unseen: Tensor, batches: list[Batch]) -> Form:
+def fbgemm(known: Tensor, weights: list[Tensor], batches: list[Batch]) -> Form:
     """fbgemm's tables of all features, given rows."""
     from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation, PoolingMode
     from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
@@ -129,10 +138,10 @@ def fbgemm(known: Tensor, weight: Tensor, unseen: Tensor, batches: list[Batch]) 
         SplitTableBatchedEmbeddingBagsCodegen,
     )
 
-    specs = [(NUM_IDS + 1, DIM, EmbeddingLocation.HOST, ComputeDevice.CPU)] * NUM_FEATURES
+    specs = [(NUM_IDS + 1, one.shape[1], EmbeddingLocation.HOST, ComputeDevice.CPU) for one in weights]
     tables = SplitTableBatchedEmbeddingBagsCodegen(specs, pooling_mode=PoolingMode.SUM)
-    for own, one, last in zip(tables.split_embedding_weights(), weight, unseen, strict=True):
-        own[:-1], own[-1] = one, last
+    for own, one in zip(tables.split_embedding_weights(), weights, strict=True):
+        own.copy_(one)
     vocabularies, order = known.sort()
     given = {}
     for batch in batches:
@@ -161,29 +170,39 @@ def measure(what: str, forms: dict[str, Form], batches: list[Batch], allowed: fl
     turns = {name: itertools.cycle(batches) for name in forms}
     seconds = interleaved({name: lambda name=name: forms[name](next(turns[name])) for name in forms}, rounds=21)
     table(
-        f"{NUM_FEATURES} features x {NUM_ROWS} rows, {what}, {NUM_FEATURES * NUM_IDS:,} rows of {DIM}, "
+        f"{NUM_FEATURES} features x {NUM_ROWS} rows, {what}, {NUM_FEATURES * NUM_IDS:,} rows, "
         f"{UNSEEN:.0%} unseen, {torch.get_num_threads()} threads (bars: 8 ms, 5 times searchsorted)",
         ("form", "ms", "times fused"),
         [(name, 1000 * value, value / seconds["fused"]) for name, value in seconds.items()],
     )
 
 
-@torch.no_grad()  # fbgemm has no inference mode
-def main() -> None:
-    keep_memory()
-    torch.manual_seed(0)
+def made(dims: Sequence[int], known: Tensor) -> tuple[FusedEmbeddingLookup, list[Tensor]]:
+    """A lookup of features of these widths in turn, and of each feature the vectors of its ids, and of unseen ones."""
+    widths = dict(zip(NAMES, itertools.cycle(dims), strict=False))
     lookup = FusedEmbeddingLookup(
-        {name: EmbeddingTable(NUM_IDS, DIM) for name in NAMES}, {name: IdFeature(name) for name in NAMES}
+        {name: EmbeddingTable(NUM_IDS, dim) for name, dim in widths.items()}, {name: IdFeature(name) for name in NAMES}
     )
-    known = random_ids(NUM_FEATURES, NUM_IDS)
-    weight = torch.empty(NUM_FEATURES, NUM_IDS, DIM)
-    for some, vectors in zip(known.split(5_000, 1), weight.split(5_000, 1), strict=True):
+    weights = [torch.empty(NUM_IDS + 1, dim) for dim in widths.values()]
+    begin = 0
+    for some in (*known.split(5_000, 1), random_ids(NUM_FEATURES, 1)):
         batch = dict(zip(NAMES, some, strict=True))
-        lookup.insert(batch)
-        vectors.copy_(lookup(batch).pooled.view(-1, NUM_FEATURES, DIM).transpose(0, 1))
-    unseen = lookup(dict(zip(NAMES, random_ids(NUM_FEATURES, 1), strict=True))).pooled.view(NUM_FEATURES, DIM)
+        if begin < NUM_IDS:
+            lookup.insert(batch)
+        pooled, end = lookup(batch).pooled, begin + some.shape[1]
+        for weight, columns in zip(weights, lookup.columns.values(), strict=True):
+            weight[begin:end] = pooled[:, columns]
+        begin = end
+    return lookup, weights
+
+
+def compare(dims: Sequence[int], kinds: list[tuple[str, Callable[[Tensor], Batch], float]]) -> None:
+    """Measure batches of several kinds on features of these widths in turn."""
+    known = random_ids(NUM_FEATURES, NUM_IDS)
+    lookup, weights = made(dims, known)
     plain = copy.copy(lookup)
     plain.backend = "reference"
+    torch.compiler.reset()
     compiled = torch.compile(plain, fullgraph=True)
     packed: dict[int, PackedIds] = {}
     forms: dict[str, Form] = {
@@ -191,17 +210,25 @@ def main() -> None:
         "fused, packed before": lambda batch: lookup(packed[id(batch)]).pooled,
         "fused, plain torch": lambda batch: plain(batch).pooled,
         "fused, plain torch compiled": lambda batch: compiled(plain.pack(batch)).pooled,
-        "searchsorted, a feature at a time": a_feature_at_a_time(known, weight, unseen),
-        "searchsorted, all at once": all_at_once(known, weight, unseen),
+        "searchsorted, a feature at a time": a_feature_at_a_time(known, weights),
     }
-    kinds = [("one id each", one_each, 0.0)]
-    kinds += [(f"0 to {most} ids each", functools.partial(bags, longest=most), TOLERANCE) for most in LONGEST]
+    if len(dims) == 1:
+        forms["searchsorted, all at once"] = all_at_once(known, weights)
     for what, draw_batch, allowed in kinds:
         batches = [draw_batch(known) for _ in range(NUM_BATCHES)]
         packed |= {id(batch): lookup.pack(batch) for batch in batches}
         if importlib.util.find_spec("fbgemm_gpu"):
-            forms["fbgemm, given rows"] = fbgemm(known, weight, unseen, batches)
-        measure(what, forms, batches, allowed)
+            forms["fbgemm, given rows"] = fbgemm(known, weights, batches)
+        measure(f"{what}, {' and '.join(map(str, dims))} wide", forms, batches, allowed)
+
+
+@torch.no_grad()  # fbgemm has no inference mode
+def main() -> None:
+    keep_memory()
+    torch.manual_seed(0)
+    in_bags = [(f"0 to {most} ids each", functools.partial(bags, longest=most), TOLERANCE) for most in LONGEST]
+    compare([DIM], [("one id each", one_each, 0.0), *in_bags])
+    compare(DIMS, [("one id each", one_each, 0.0), ("a third 0 to 2 ids each", mixed, TOLERANCE)])
 
 
 if __name__ == "__main__":
