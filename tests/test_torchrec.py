@@ -7,7 +7,7 @@ import io
 import pytest
 import sharded
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import recblocks
@@ -38,6 +38,7 @@ from torchrec import (
 
 ROWS = {"users": 7, "things": 9}
 SIZES = st.lists(st.lists(st.integers(0, 6), max_size=3), min_size=2, max_size=2)
+KEYS = st.permutations(["u", "t", "v"]) | st.permutations(["u", "t", "v", "other"])
 
 
 def bag_collection():
@@ -89,11 +90,13 @@ def test_a_keyed_jagged_tensor_feeds_the_packed_encoder():
     torch.testing.assert_close(packed, torch.cat(alone), rtol=0, atol=1e-13)
 
 
-@given(u=SIZES, t=SIZES, v=SIZES)
-def test_a_keyed_lookup_stands_where_a_bag_collection_stood(u, t, v):
+@given(u=SIZES, t=SIZES, v=SIZES, names=KEYS)
+@example(u=[[1, 2], []], t=[[3], [4]], v=[[], []], names=["u", "t", "v"])  # as the lookup has them: nothing is moved
+def test_a_keyed_lookup_stands_where_a_bag_collection_stood(u, t, v, names):
     collection = bag_collection()
     lookup = KeyedLookup(lookup_from_collections([collection]))
-    batch = keyed({"v": v, "other": v, "u": u, "t": t})
+    bags = {"u": u, "t": t, "v": v, "other": v}
+    batch = keyed({name: bags[name] for name in names})
     got, want = lookup(batch), collection(batch)
     assert got.keys() == want.keys()
     assert got.length_per_key() == want.length_per_key()
@@ -101,11 +104,13 @@ def test_a_keyed_lookup_stands_where_a_bag_collection_stood(u, t, v):
     torch.testing.assert_close(got.values(), want.values(), rtol=0, atol=1e-6)
 
 
-@given(u=SIZES, t=SIZES, v=SIZES)
-def test_a_keyed_lookup_stands_where_a_collection_of_each_id_stood(u, t, v):
+@given(u=SIZES, t=SIZES, v=SIZES, names=KEYS)
+@example(u=[[1, 2], []], t=[[3], [4]], v=[[], []], names=["u", "t", "v"])
+def test_a_keyed_lookup_stands_where_a_collection_of_each_id_stood(u, t, v, names):
     collection = each_collection()
     lookup = KeyedLookup(lookup_from_collections([collection]))
-    batch = keyed({"t": t, "u": u, "v": v})
+    bags = {"u": u, "t": t, "v": v, "other": v}
+    batch = keyed({name: bags[name] for name in names})
     got, want = lookup(batch), collection(batch)
     assert got.keys() == want.keys()
     for name, jagged in want.items():

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from recblocks import _checks
 from recblocks.embedding._layout import Alike, Kind, Layout
@@ -86,6 +87,31 @@ def pack(layout: Layout, features: Mapping[str, Ids], device: torch.device, back
         alike = layout.alike([offsets is None and ids.ndim == 1 for ids, offsets in given])
         groups = tuple(_group(layout, of, [given[at] for at in of.numbers]) for of in alike)
     return PackedIds(groups, layout.made_for)
+
+
+def pack_jagged(layout: Layout, ids: Tensor, lengths: Tensor, num_ids: Sequence[int]) -> PackedIds:
+    """Take over what lies side by side already.
+
+    Args:
+        layout: of features that all are in bags; here they are in the order of ``layout.all_alike[False]``.
+        ids: (N,) int64 of all features.
+        lengths: (F, B) of the bags, which add up to N.
+        num_ids: (F,) how many ids of each feature.
+    """
+    groups, begin = [], 0
+    for of in layout.all_alike[False]:
+        end = begin + len(of.names)
+        own, ids = torch.split(ids, [sum(num_ids[begin:end]), sum(num_ids[end:])])
+        sizes, numbers = lengths[begin:end].sum(1), _numbers(layout, of, ids.device)
+        if of.kind == "each":
+            shapes = tuple((num,) for num in num_ids[begin:end])
+            feature = torch.repeat_interleave(numbers.flatten(), sizes, output_size=own.shape[0])
+            groups.append(Group(of.kind, of.names, shapes, own, feature, None, None))
+        else:
+            offsets = functional.pad(lengths[begin:end].flatten().cumsum(0), (1, 0))
+            groups.append(Group(of.kind, of.names, (), own, numbers, offsets, sizes))
+        begin = end
+    return PackedIds(tuple(groups), layout.made_for)
 
 
 def _group(layout: Layout, of: Alike, given: list[tuple[Tensor, Tensor | None]]) -> Group:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from recblocks import _checks
 from recblocks.embedding import _collections
 from recblocks.embedding._layout import EmbeddingTable, Vectors
-from recblocks.embedding._packing import Ids
+from recblocks.embedding._packing import PackedIds, pack_jagged
 from recblocks.embedding.fused_lookup import FusedEmbeddingLookup
 from recblocks.embedding.serving_lookup import ServingLookup
 from recblocks.embedding.shardable_lookup import ShardableLookup
@@ -77,14 +77,15 @@ class KeyedLookup(nn.Module):
         import torchrec
 
         layout = self.lookup.layout
-        ids = self._ids(features)
-        vectors: Vectors = self.lookup(self._given(ids))
+        features = self._in_order(features)
+        vectors: Vectors = self.lookup(self._packed(features))
         if layout.pooled:
             dims = [layout.dim_of[name] for name in layout.pooled]
             return torchrec.KeyedTensor(keys=list(layout.pooled), length_per_key=dims, values=vectors.pooled)
+        lengths = dict(zip(features.keys(), self._lengths(features), strict=True))
         return {
-            name: torchrec.JaggedTensor(values=vectors.unpooled[name], offsets=offsets)
-            for name, (_, offsets) in ids.items()
+            name: torchrec.JaggedTensor(values=vectors.unpooled[name], lengths=lengths[name])
+            for name in layout.features
         }
 
     def insert(self, features: KeyedJaggedTensor, *, generator: torch.Generator | None = None) -> dict[str, int]:
@@ -95,10 +96,10 @@ class KeyedLookup(nn.Module):
         """
         if isinstance(self.lookup, ServingLookup):
             raise TypeError("lookup must be one that is written, got a ServingLookup")
-        return self.lookup.insert(self._given(self._ids(features)), generator=generator)
+        return self.lookup.insert(self._packed(self._in_order(features)), generator=generator)
 
-    def _ids(self, features: KeyedJaggedTensor) -> dict[str, tuple[Tensor, Tensor]]:
-        """The ids of each feature, and the offsets of their bags."""
+    def _in_order(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
+        """The features of the lookup, in the order that their ids are packed in."""
         import torchrec
 
         if not isinstance(features, torchrec.KeyedJaggedTensor):
@@ -115,14 +116,22 @@ class KeyedLookup(nn.Module):
         if _checks.readable(lengths) and (bool((lengths < 0).any()) or int(lengths.sum()) != len(features.values())):
             wanted = f"lengths of at least 0 that add up to {len(features.values())}"
             raise ValueError(f"features must have {wanted}, got {int(lengths.min())} to {int(lengths.max())}")
+        order = [name for alike in self.lookup.layout.all_alike[False] for name in alike.names]
+        if features.keys() == order:
+            return features
         if not features.stride():  # torchrec cannot say which key nothing belongs to
-            nothing = features.values(), lengths.new_zeros(1, dtype=torch.int64)
-            return dict.fromkeys(self.lookup.layout.features, nothing)
-        each = features.to_dict()
-        return {name: (each[name].values(), each[name].offsets().long()) for name in self.lookup.layout.features}
+            return torchrec.KeyedJaggedTensor(order, features.values(), lengths=lengths)
+        place = {name: at for at, name in enumerate(features.keys())}
+        return features.permute([place[name] for name in order])
 
-    def _given(self, ids: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Ids]:
-        return dict(ids) if self.lookup.layout.pooled else {name: flat for name, (flat, _) in ids.items()}
+    def _packed(self, features: KeyedJaggedTensor) -> PackedIds:
+        num_ids = features.length_per_key() if features.stride() else [0] * len(features.keys())
+        return pack_jagged(self.lookup.layout, features.values(), self._lengths(features), num_ids)
+
+    def _lengths(self, features: KeyedJaggedTensor) -> Tensor:
+        """(keys, B) of the bags."""
+        lengths: Tensor = features.lengths()
+        return lengths.long().view(len(features.keys()), features.stride())
 
 
 def lookup_from_collections(
