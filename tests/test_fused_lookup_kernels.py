@@ -11,6 +11,7 @@ import pytest
 import torch
 from lookups import FEATURES, TABLES
 from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from recblocks import EmbeddingTable, FusedEmbeddingLookup, IdFeature, ServingLookup
@@ -413,8 +414,21 @@ def test_the_operators_pass_torch_s_own_check(backend, device):
         lookup(batch(device))
     assert [given[12] for given in asked] == [False, True]  # the feature that does not pool, and the others at once
     for given in asked:
-        torch.library.opcheck(dispatch.lookup_vectors, given)
+        without_grad = *given[:7], [one.detach() for one in given[7]], *given[8:]
+        torch.library.opcheck(dispatch.lookup_vectors, without_grad)
     torch.library.opcheck(dispatch.lookup_rows, (*asked[0][:7], backend))
+
+
+class _Functions(TorchFunctionMode):
+    """What functions a mode sees."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
 
 
 class _Own(torch.Tensor):
@@ -439,11 +453,38 @@ def test_whoever_looks_sees_the_operator(backend, device):
             profiled = lookup(given).pooled
         groups = [group._replace(ids=group.ids.as_subclass(_Own)) for group in given.groups]
         own = lookup(given._replace(groups=tuple(groups))).pooled
-    for found in (seen, profiled, own):
+        first = list(_Own.seen)
+        with _Functions() as functions:
+            by_function = lookup(given).pooled
+        served = ServingLookup(lookup, dtype=torch.int8, backend=backend)
+        whole = served(given).pooled
+        _Own.seen.clear()
+        served.scale_4 = served.scale_4.as_subclass(_Own)
+        scaled = served(given).pooled
+    for found in (seen, profiled, own, by_function):
         assert torch.equal(found, want)
+    assert torch.equal(scaled, whole)
     assert "recblocks.fused_lookup_vectors.default" in mode.names
     assert "recblocks::fused_lookup_vectors" in [event.key for event in profile.key_averages()]
-    assert "recblocks.fused_lookup_vectors.default" in _Own.seen
+    for names in (first, _Own.seen, functions.names):
+        assert "recblocks.fused_lookup_vectors.default" in names
+
+
+def test_where_nobody_looks_torch_s_dispatcher_is_passed_by(backend, device, monkeypatch):
+    lookup, called = trained(backend, device), []
+    monkeypatch.setattr(dispatch, "lookup_vectors", lambda *given: called.append(given))
+    with torch.no_grad():
+        lookup(batch(device))
+    ServingLookup(lookup, backend=backend)(batch(device))
+    assert called == []
+
+
+def test_a_gradient_that_is_asked_of_a_served_weight_is_not_lost_in_silence(backend, device):
+    served = ServingLookup(trained(backend, device), dtype=torch.float32, backend=backend)
+    for weight in (served.weight_3, served.weight_4):
+        weight.requires_grad_()
+    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+        served(batch(device)).pooled.sum().backward()
 
 
 # --- Triton ---

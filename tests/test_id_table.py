@@ -871,6 +871,21 @@ def test_finds_run_beside_each_other():
     assert all(torch.equal(one, torch.arange(5_000)) for one in answers)
 
 
+def test_an_error_of_what_reads_is_the_one_that_is_raised():
+    table = IdTable(9)
+
+    def read(error):
+        with table.reading("a reader"):
+            table.insert(torch.arange(3))
+            if error is not None:
+                raise error
+
+    with pytest.raises(KeyError, match="own"):
+        read(KeyError("own"))
+    with pytest.raises(RuntimeError, match="a reader must not run while the table is written"):
+        read(None)
+
+
 def test_who_comes_while_the_table_is_written_gets_an_error(monkeypatch, tmp_path):
     table = IdTable(5, evict="least_used")
     table.insert(int64([1]))

@@ -14,6 +14,7 @@ from recblocks.embedding._layout import Layout, Vectors
 from recblocks.embedding._packing import Group
 from recblocks.embedding.id_table import IdTable, TableFull
 from recblocks.kernels.fused_lookup import dispatch
+from recblocks.kernels.fused_lookup.asked import Asked
 
 
 def lookup_rows(ids: Tensor, slots: Slots, places: Tensor) -> Tensor:
@@ -95,7 +96,7 @@ def kernel_vectors(
         each = [(layout.dim_of[group.names[0]], len(group.names) if pooled else 1) for group in those]
         counts = [sum(count for of, count in each if of == dim) for dim in layout.dims]
         how = counts, num_columns, pooled, backend
-        return dispatch.vectors_of(ids, feature, places, *slots, weights, scales, offsets, *how)
+        return dispatch.vectors_of(Asked(ids, feature, places, *slots), weights, scales, offsets, *how)
 
     in_bags = [group for group in groups if group.kind != "each"]
     unpooled: dict[str, Tensor] = {}

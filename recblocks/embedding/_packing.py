@@ -167,7 +167,7 @@ def _plain_groups(
         return None
     num_rows = {shape[0] for shape in {ids[at].shape for at in layout.pooled_at if offsets[at] is None}}
     num_rows |= {shape[0] - 1 for shape in set(map(_SHAPE, begins))}
-    if len(num_rows) > 1 or min(num_rows) < 0 or any(offsets[at] is not None for at in layout.unpooled_at):
+    if len(num_rows) != 1 or min(num_rows) < 0 or any(offsets[at] is not None for at in layout.unpooled_at):
         return None
     in_cpp = backend == "cpp" and device.type == "cpu" and not watched() and all(map(Tensor.is_contiguous, flat))
     uniform = len(pairs) in (0, len(layout.pooled))

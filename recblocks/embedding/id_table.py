@@ -47,12 +47,13 @@ class TableFull(ValueError):
         return type(self), (self.wanted, self.room, self.part, self.num_parts, self.table)
 
 
-class _Reading(NamedTuple):
+class _Reading:
     """While something is read of a table, which must not change."""
 
-    table: IdTable
-    what: str
-    version: int
+    __slots__ = ("table", "version", "what")
+
+    def __init__(self, table: IdTable, what: str) -> None:
+        self.table, self.what, self.version = table, what, table._version
 
     def __enter__(self) -> None:
         if self.version % 2:
@@ -332,7 +333,7 @@ class IdTable(nn.Module):
 
     def reading(self, what: str) -> _Reading:
         """Raise a RuntimeError that names who reads, where the table is written meanwhile."""
-        return _Reading(self, what, self._version)
+        return _Reading(self, what)
 
     def extra_repr(self) -> str:
         """Name the capacity and the rules."""

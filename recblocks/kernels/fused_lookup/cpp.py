@@ -192,8 +192,8 @@ def lay(ids: Sequence[Tensor], offsets: Sequence[Tensor] | None) -> tuple[Tensor
         (ΣN) all ids; (F B + 1) where the bags begin among them and the last one ends, and (F,) how many ids of each
         feature, None where there are no bags. None where offsets do not run from 0 to the number of ids.
     """
-    sizes = array("q", map(Tensor.numel, ids)) if offsets else array("q", ids[0].shape) * len(ids)
-    num_rows = offsets[0].shape[0] - 1 if offsets else 0
+    sizes = array("q", map(Tensor.numel, ids)) if offsets is not None else array("q", ids[0].shape) * len(ids)
+    num_rows = 0 if offsets is None else offsets[0].shape[0] - 1
     every = torch.empty(sum(sizes), dtype=torch.int64, device="cpu")
     begins = None if offsets is None else torch.empty(len(ids) * num_rows + 1, dtype=torch.int64, device="cpu")
     where = array("q", map(Tensor.data_ptr, ids)), sizes, array("q", map(Tensor.data_ptr, offsets or ()))
@@ -201,7 +201,7 @@ def lay(ids: Sequence[Tensor], offsets: Sequence[Tensor] | None) -> tuple[Tensor
     wrong = library().lay(apart, every.data_ptr(), _pointer(begins), _num_threads())
     if wrong:
         return None
-    return every, begins, torch.frombuffer(sizes, dtype=torch.int64) if offsets else None
+    return every, begins, torch.frombuffer(sizes, dtype=torch.int64) if offsets is not None else None
 
 
 def _num_threads() -> int:

@@ -19,7 +19,7 @@ from recblocks.kernels.fused_lookup.asked import ELEMENTS, Asked
 
 BACKENDS = ("auto", "reference", "cpp", "triton")
 
-_PLAIN = frozenset((Tensor, Parameter, type(None)))  # what is done with a subclass is to be seen by it
+_PLAIN = frozenset((Tensor, Parameter))
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
@@ -138,14 +138,32 @@ def _lookup_vectors(
 lookup_vectors = torch.library.custom_op("recblocks::fused_lookup_vectors", _lookup_vectors, mutates_args=())
 
 
-def vectors_of(*asked: Any) -> Tensor:
+def vectors_of(
+    asked: Asked,
+    weights: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    offsets: Tensor | None,
+    counts: Sequence[int],
+    num_columns: int,
+    pooled: bool,
+    backend: str,
+) -> Tensor:
     """`lookup_vectors`, past torch's dispatcher where nothing there has to see it: the way through it takes .3 ms."""
-    given = *asked[:7], *asked[7], *asked[8], asked[9]
-    seen = watched() or torch._C._autograd._profiler_enabled() or given[0].is_meta
-    if seen or not _PLAIN.issuperset(map(type, given)):
-        found: Tensor = lookup_vectors(*asked[:7], [one.detach() for one in asked[7]], *asked[8:])
+    how = weights, scales, offsets, counts, num_columns, pooled, backend
+    if watched() or _seen((*asked, *weights, *scales, offsets)):
+        found: Tensor = lookup_vectors(*asked, *how)
         return found
-    return _lookup_vectors(*asked)
+    return _lookup_vectors(*asked, *how)
+
+
+def _seen(given: Sequence[Tensor | None]) -> bool:
+    """Whether a profiler, a mode of functions, a subclass of Tensor, autograd or a fake device has to see a call."""
+    if torch._C._autograd._profiler_enabled() or torch._C._len_torch_function_stack() > 0:
+        return True
+    tensors = [one for one in given if one is not None]
+    if not _PLAIN.issuperset(map(type, tensors)) or tensors[0].is_meta:
+        return True
+    return torch.is_grad_enabled() and any(one.requires_grad for one in tensors)
 
 
 @lookup_rows.register_fake
