@@ -1,28 +1,59 @@
-"""``python -m benchmarks [name ...]`` runs every ``bench_<name>.py`` beside this file, or the named ones."""
+"""``python -m benchmarks [name ...]`` runs every ``bench_<name>.py`` beside this file, or the named ones.
+
+What has ``comparisons`` is checked against float64, timed beside its peers and, with ``--json``, written down. The
+others print tables of their own. Exits with 1 where a form of ours is wrong.
+"""
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import pathlib
-import platform
 
 import torch
 
+from benchmarks._comparison import Comparison, Row, is_wrong, measure, show
+from benchmarks._machine import described, measure_rates
+from benchmarks._report import as_json, show_beside, write
+from benchmarks._timing import keep_memory
 
-def main() -> None:
+
+def main(arguments: list[str] | None = None) -> int:
     names = sorted(path.stem.removeprefix("bench_") for path in pathlib.Path(__file__).parent.glob("bench_*.py"))
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="name", help=f"one of: {', '.join(names)}; default: all")
-    chosen = parser.parse_args().names or names
-    unknown = sorted(set(chosen) - set(names))
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu (default) or cuda")
+    parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="where to write what was seen")
+    parser.add_argument("--against", type=pathlib.Path, metavar="FILE", help="what an earlier run wrote")
+    given = parser.parse_args(arguments)
+    unknown = sorted(set(given.names) - set(names))
     if unknown:
         parser.error(f"no benchmark named {', '.join(unknown)}; there are: {', '.join(names)}")
-    machine = f"{platform.machine()}, Python {platform.python_version()}"
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {machine}")
-    for name in chosen:
-        importlib.import_module(f"benchmarks.bench_{name}").main()
+    earlier = None if given.against is None else json.loads(given.against.read_text())
+    keep_memory()
+    torch.manual_seed(0)
+    machine = described(given.device)
+    print(f"{machine['processor']}, {machine['threads']} threads, {machine['versions']}, commit {machine['commit']}")
+    rates = measure_rates(given.device)
+    print(f"products {rates.flops / 1e9:.0f} GFLOP/s, copies {rates.bytes / 1e9:.1f} GB/s")
+    results: list[tuple[Comparison, list[Row]]] = []
+    for name in given.names or names:
+        module = importlib.import_module(f"benchmarks.bench_{name}")
+        if not hasattr(module, "comparisons"):
+            module.main()
+            continue
+        for one in module.comparisons(given.device):
+            rows = measure(one, rates, given.device)
+            show(one, rows)
+            results.append((one._replace(batches=(), forms={}), rows))
+    found = as_json(machine, rates, results)
+    if given.json is not None:
+        write(given.json, found)
+    if earlier is not None:
+        show_beside(earlier, found)
+    return int(any(is_wrong(rows) for _, rows in results))
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

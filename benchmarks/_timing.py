@@ -5,7 +5,9 @@ from __future__ import annotations
 import ctypes
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+
+import torch
 
 
 def keep_memory() -> None:
@@ -20,17 +22,33 @@ def keep_memory() -> None:
         mallopt(mmap_max, 0)
 
 
-def interleaved(calls: dict[str, Callable[[], object]], *, rounds: int = 7) -> dict[str, float]:
-    """Run every call once to warm up, then in turn (A B A B ...); median seconds of each."""
+def runs(
+    calls: Mapping[str, Callable[[], object]], *, rounds: int = 7, device: torch.device | None = None
+) -> dict[str, list[float]]:
+    """Run every call once to warm up, then in turn (A B A B ...); the seconds of each run of each."""
+
+    def wait() -> None:
+        if device is not None and device.type == "cuda":
+            torch.cuda.synchronize(device)
+
     for call in calls.values():
         call()
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
+            wait()
             start = time.perf_counter()
             call()
+            wait()
             seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(runs) for name, runs in seconds.items()}
+    return seconds
+
+
+def interleaved(
+    calls: Mapping[str, Callable[[], object]], *, rounds: int = 7, device: torch.device | None = None
+) -> dict[str, float]:
+    """The median of `runs` of each call."""
+    return {name: statistics.median(some) for name, some in runs(calls, rounds=rounds, device=device).items()}
 
 
 def table(title: str, header: tuple[str, ...], rows: list[tuple[object, ...]]) -> None:

@@ -3,8 +3,8 @@
 "fused" is given a tensor a feature, like the others; "packed before" what `pack` made of them, as in a data loader.
 
 The ids are 64 random bits, of a Zipf distribution in each feature, one in a hundred unseen; 300 tables of 50,000 ids,
-all of one width, and at last of three widths in turn, where every third feature has bags and the others one id each.
-Before anything is timed every form must give the same vectors: bit by bit, bags but for the order of their sums.
+all of one width, and at last of three widths in turn, where a third of each width has bags and the others one id each.
+Vectors must be right bit by bit, bags but for the order of their sums.
 fbgemm, where it is installed, is given rows instead of ids: what a lookup costs without hashing.
 """
 
@@ -14,19 +14,20 @@ import copy
 import functools
 import importlib.util
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from benchmarks._timing import interleaved, keep_memory, table
+from benchmarks._comparison import Comparison
 from recblocks import EmbeddingTable, FusedEmbeddingLookup, IdFeature, PackedIds
 
 NUM_FEATURES, NUM_IDS, NUM_ROWS, UNSEEN, EXPONENT = 300, 50_000, 256, 0.01, 1.05
 DIM, DIMS = 32, (16, 32, 48)
 LONGEST = 2, 8  # bags have 0 to so many ids: as many in all as without bags, and four times as many
 NUM_BATCHES = 5
+LARGEST = 2**63 - 1  # behind every sorted vocabulary, so that what is beyond its ids needs no clamp
 TOLERANCE = 1e-6
 NAMES = [f"feature {number}" for number in range(NUM_FEATURES)]
 BAG_AN_ID = torch.arange(NUM_FEATURES * NUM_ROWS + 1)  # where bags of one id each begin
@@ -59,9 +60,9 @@ def bags(known: Tensor, longest: int) -> Batch:
 
 
 def mixed(known: Tensor) -> Batch:
-    """Every third feature in bags, the others one id each."""
+    """A third of the features of each width in bags, the others one id each."""
     some, others = bags(known, LONGEST[0]), one_each(known)
-    return {name: (others if at % 3 else some)[name] for at, name in enumerate(NAMES)}
+    return {name: (others if at // 3 % 3 else some)[name] for at, name in enumerate(NAMES)}
 
 
 def split(batch: Batch) -> tuple[list[Tensor], list[Tensor | None]]:
@@ -89,24 +90,27 @@ def columns(vectors: Tensor) -> Tensor:
     return vectors.view(NUM_FEATURES, NUM_ROWS, DIM).transpose(0, 1).reshape(NUM_ROWS, -1)
 
 
-def a_feature_at_a_time(known: Tensor, weights: list[Tensor]) -> Form:
-    """Of each feature a sorted vocabulary and an embedding, whose last row is for unseen ids."""
+def a_feature_at_a_time(known: Tensor, weights: list[Tensor]) -> Callable[..., Tensor]:
+    """Of each feature a sorted vocabulary and an embedding, its last row for unseen ids; ``exact``: in float64."""
     vocabularies, order = known.sort()
+    vocabularies = torch.cat([vocabularies, vocabularies.new_full((NUM_FEATURES, 1), LARGEST)], 1)
     weights = [torch.cat([one[at], one[-1:]]) for one, at in zip(weights, order, strict=True)]
 
     def rows(vocabulary: Tensor, ids: Tensor) -> Tensor:
         found = torch.searchsorted(vocabulary, ids)
-        return torch.where(vocabulary[found.clamp(max=NUM_IDS - 1)] == ids, found, NUM_IDS)
+        return torch.where(vocabulary[found] == ids, found, NUM_IDS)
 
-    def vectors(found: Tensor, weight: Tensor, offsets: Tensor | None) -> Tensor:
+    def vectors(found: Tensor, weight: Tensor, offsets: Tensor | None, exact: bool) -> Tensor:
+        if exact:
+            found, weight = torch.arange(len(found)), functional.embedding(found, weight).double()
         if offsets is None:
             return functional.embedding(found, weight)
         return functional.embedding_bag(found, weight, offsets, mode="sum", include_last_offset=True)
 
-    def form(batch: Batch) -> Tensor:
+    def form(batch: Batch, exact: bool = False) -> Tensor:
         ids, offsets = split(batch)
         found = [rows(vocabulary, one) for vocabulary, one in zip(vocabularies, ids, strict=True)]
-        return torch.cat([vectors(*one) for one in zip(found, weights, offsets, strict=True)], 1)
+        return torch.cat([vectors(*one, exact) for one in zip(found, weights, offsets, strict=True)], 1)
 
     return form
 
@@ -116,11 +120,12 @@ def all_at_once(known: Tensor, weights: list[Tensor]) -> Form:
     vocabulary, order = known.flatten().sort()
     own, unseen = (torch.cat(some) for some in ([one[:-1] for one in weights], [one[-1:] for one in weights]))
     whole, num_ids = torch.cat([own[order], unseen]), len(vocabulary)
+    vocabulary = torch.cat([vocabulary, vocabulary.new_full((1,), LARGEST)])
 
     def form(batch: Batch) -> Tensor:
         ids, feature, offsets = side_by_side(batch)
         found = torch.searchsorted(vocabulary, ids)
-        rows = torch.where(vocabulary[found.clamp(max=num_ids - 1)] == ids, found, num_ids + feature)
+        rows = torch.where(vocabulary[found] == ids, found, num_ids + feature)
         if offsets is None:  # a bag an id, for torch reads ahead in bags
             rows = rows.view(NUM_FEATURES, NUM_ROWS).t().flatten()
             found = functional.embedding_bag(rows, whole, BAG_AN_ID, mode="sum", include_last_offset=True)
@@ -155,28 +160,7 @@ def fbgemm(known: Tensor, weights: list[Tensor], batches: list[Batch]) -> Form:
     return lambda batch: tables(*given[id(batch)])
 
 
-def require_equal(forms: dict[str, Form], batches: list[Batch], allowed: float) -> None:
-    """Exit where a form's vectors are not those of the fused lookup."""
-    for batch in batches:
-        want = forms["fused"](batch)
-        for name, form in forms.items():
-            worst = (form(batch) - want).abs().max().item()
-            if not worst <= allowed:
-                raise SystemExit(f"{name}: apart by {worst:.2g} (allowed {allowed:.2g}): not timed")
-
-
-def measure(what: str, forms: dict[str, Form], batches: list[Batch], allowed: float) -> None:
-    require_equal(forms, batches, allowed)
-    turns = {name: itertools.cycle(batches) for name in forms}
-    seconds = interleaved({name: lambda name=name: forms[name](next(turns[name])) for name in forms}, rounds=21)
-    table(
-        f"{NUM_FEATURES} features x {NUM_ROWS} rows, {what}, {NUM_FEATURES * NUM_IDS:,} rows, "
-        f"{UNSEEN:.0%} unseen, {torch.get_num_threads()} threads (bars: 8 ms, 5 times searchsorted)",
-        ("form", "ms", "times fused"),
-        [(name, 1000 * value, value / seconds["fused"]) for name, value in seconds.items()],
-    )
-
-
+@torch.no_grad()
 def made(dims: Sequence[int], known: Tensor) -> tuple[FusedEmbeddingLookup, list[Tensor]]:
     """A lookup of features of these widths in turn, and of each feature the vectors of its ids, and of unseen ones."""
     widths = dict(zip(NAMES, itertools.cycle(dims), strict=False))
@@ -196,8 +180,8 @@ def made(dims: Sequence[int], known: Tensor) -> tuple[FusedEmbeddingLookup, list
     return lookup, weights
 
 
-def compare(dims: Sequence[int], kinds: list[tuple[str, Callable[[Tensor], Batch], float]]) -> None:
-    """Measure batches of several kinds on features of these widths in turn."""
+def compared(dims: Sequence[int], kinds: list[tuple[str, Callable[[Tensor], Batch], float]]) -> Iterator[Comparison]:
+    """Batches of several kinds, on features of these widths in turn."""
     known = random_ids(NUM_FEATURES, NUM_IDS)
     lookup, weights = made(dims, known)
     plain = copy.copy(lookup)
@@ -205,31 +189,45 @@ def compare(dims: Sequence[int], kinds: list[tuple[str, Callable[[Tensor], Batch
     torch.compiler.reset()
     compiled = torch.compile(plain, fullgraph=True)
     packed: dict[int, PackedIds] = {}
+    one_by_one = a_feature_at_a_time(known, weights)
     forms: dict[str, Form] = {
         "fused": lambda batch: lookup(batch).pooled,
         "fused, packed before": lambda batch: lookup(packed[id(batch)]).pooled,
         "fused, plain torch": lambda batch: plain(batch).pooled,
         "fused, plain torch compiled": lambda batch: compiled(plain.pack(batch)).pooled,
-        "searchsorted, a feature at a time": a_feature_at_a_time(known, weights),
+        "searchsorted, a feature at a time": one_by_one,
     }
     if len(dims) == 1:
         forms["searchsorted, all at once"] = all_at_once(known, weights)
+    has_fbgemm = importlib.util.find_spec("fbgemm_gpu") is not None
     for what, draw_batch, allowed in kinds:
         batches = [draw_batch(known) for _ in range(NUM_BATCHES)]
         packed |= {id(batch): lookup.pack(batch) for batch in batches}
-        if importlib.util.find_spec("fbgemm_gpu"):
+        if has_fbgemm:
             forms["fbgemm, given rows"] = fbgemm(known, weights, batches)
-        measure(f"{what}, {' and '.join(map(str, dims))} wide", forms, batches, allowed)
+        yield Comparison(
+            op=f"fused lookup, {what}, {' and '.join(map(str, dims))} wide, {UNSEEN:.0%} unseen",
+            sizes={"features": NUM_FEATURES, "rows": NUM_ROWS, "stored": NUM_FEATURES * NUM_IDS},
+            dtype="int64 to float32",
+            batches=batches,
+            exact=functools.partial(alone, functools.partial(one_by_one, exact=True)),
+            forms={name: functools.partial(alone, form) for name, form in forms.items()},
+            allowed=allowed,
+            moved=4 * NUM_ROWS * sum(weight.shape[1] for weight in weights),
+            bars={"searchsorted, a feature at a time": 5.0},
+            absent={} if has_fbgemm else {"fbgemm, given rows": "not installed"},
+            rounds=21,
+        )
 
 
-@torch.no_grad()  # fbgemm has no inference mode
-def main() -> None:
-    keep_memory()
-    torch.manual_seed(0)
+def alone(form: Form, batch: Batch) -> list[Tensor]:
+    with torch.no_grad():  # fbgemm has no inference mode
+        return [form(batch)]
+
+
+def comparisons(device: torch.device) -> Iterator[Comparison]:
+    if device.type != "cpu":
+        raise SystemExit("the lookup is compared on a CPU alone so far")
     in_bags = [(f"0 to {most} ids each", functools.partial(bags, longest=most), TOLERANCE) for most in LONGEST]
-    compare([DIM], [("one id each", one_each, 0.0), *in_bags])
-    compare(DIMS, [("one id each", one_each, 0.0), ("a third 0 to 2 ids each", mixed, TOLERANCE)])
-
-
-if __name__ == "__main__":
-    main()
+    yield from compared([DIM], [("one id each", one_each, 0.0), *in_bags])
+    yield from compared(DIMS, [("one id each", one_each, 0.0), ("a third 0 to 2 ids each", mixed, TOLERANCE)])

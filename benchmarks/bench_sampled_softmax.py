@@ -1,66 +1,68 @@
 """The chunked sampled softmax against the reference, and P positives of one query against P rows; forward and backward.
 
-Extra memory is the peak of RssAnon (pages of this process that are not a file's), sampled every half millisecond while
-one step runs, less RssAnon before it: mask, tiles and gradients all count. Each is measured in a process of its own,
-whose malloc returns every large block at once.
+Other losses of this kind hold rows x columns or run on CUDA alone; where one is missing the table says so.
 """
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import threading
+import functools
+import importlib.util
+from collections.abc import Iterator
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn import functional
 
-from benchmarks._timing import interleaved, table
+from benchmarks._comparison import Comparison
+from benchmarks._compiled import compiled
 from recblocks import sampled_softmax_loss
 
-NUM_ROWS, NUM_IN_BATCH, NUM_RANDOM, DIM = 4096, 5000, 8192, 256
+NUM_ROWS, NUM_IN_BATCH, NUM_RANDOM, DIM, NUM_PAIRS, NUM_BATCHES = 4096, 5000, 8192, 256, 8, 2
 NUM_COLUMNS = NUM_IN_BATCH + NUM_RANDOM
-EPSILON = torch.finfo(torch.float32).eps
+# A float32 dot product of unit vectors over τ = 0.1 is off by some 2**-23 * 10, a probability by that share.
+ALLOWED = 200 * torch.finfo(torch.float32).eps
+
+Batch: TypeAlias = dict[str, Tensor]
 
 
-def batch(num_queries: int, num_pairs: int, num_columns: int, dim: int, *, seed: int = 0) -> dict[str, Tensor]:
+def batch(num_queries: int, num_pairs: int, seed: int, device: torch.device) -> Batch:
     """About 6 rows a user, items by a power law (so that the pool holds duplicates), unit embeddings."""
     generator = torch.Generator().manual_seed(seed)
 
     def unit(rows: int) -> Tensor:
-        return F.normalize(torch.randn(rows, dim, generator=generator), dim=1)
+        return functional.normalize(torch.randn(rows, DIM, generator=generator), dim=1)
 
     pair_queries = torch.arange(num_pairs) % num_queries
     row_users = torch.randint(num_queries // 6 + 1, (num_queries,), generator=generator) * 7919 - 10**12
-    items = (torch.rand(num_pairs + num_columns, generator=generator) ** 3 * 10**5).long() * 104729 - 10**15
-    log_q = torch.rand(num_pairs + num_columns, generator=generator).log() - 9
-    return {
+    items = (torch.rand(num_pairs + NUM_COLUMNS, generator=generator) ** 3 * 10**5).long() * 104729 - 10**15
+    log_q = torch.rand(num_pairs + NUM_COLUMNS, generator=generator).log() - 9
+    drawn = {
         "queries": unit(num_queries),
         "positives": unit(num_pairs),
-        "negatives": unit(num_columns),
+        "negatives": unit(NUM_COLUMNS),
         "log_q_positives": log_q[:num_pairs],
         "log_q_negatives": log_q[num_pairs:],
         "row_users": row_users,
-        "column_items": torch.cat([items[: num_columns // 3], items[num_pairs:]])[:num_columns],
+        "column_items": torch.cat([items[: NUM_COLUMNS // 3], items[num_pairs:]])[:NUM_COLUMNS],
         "positive_users": row_users[pair_queries],
         "positive_items": items[:num_pairs],
         "pair_queries": pair_queries,
         "weights": torch.rand(num_pairs, generator=generator),
     }
+    return {name: one.to(device) for name, one in drawn.items()}
 
 
-def step(
-    data: dict[str, Tensor], backend: str, *, repeated: bool = False, dtype: torch.dtype = torch.float32
-) -> list[Tensor]:
-    """Loss and gradients; ``repeated`` gives every positive a query row of its own."""
-    leaves = [data[name].to(dtype).detach().requires_grad_() for name in ("queries", "positives", "negatives")]
-    temperature = torch.tensor(0.1, dtype=dtype, requires_grad=True)
-    queries, row_users, pair_queries = leaves[0], data["row_users"], data["pair_queries"]
-    if repeated:
-        queries, row_users, pair_queries = queries[pair_queries], row_users[pair_queries], None
-    elif len(queries) == len(pair_queries):
+def loss_of(
+    data: Batch, leaves: list[Tensor], temperature: Tensor, backend: str, row_a_positive: bool = False
+) -> Tensor:
+    queries, row_users = leaves[0], data["row_users"]
+    pair_queries: Tensor | None = data["pair_queries"]
+    if row_a_positive:
+        queries, row_users, pair_queries = queries[data["pair_queries"]], row_users[data["pair_queries"]], None
+    elif len(queries) == len(data["pair_queries"]):
         pair_queries = None
-    loss = sampled_softmax_loss(
+    return sampled_softmax_loss(
         queries,
         leaves[1],
         leaves[2],
@@ -72,92 +74,54 @@ def step(
         pair_queries=pair_queries,
         backend=backend,
     )
-    loss.backward()
-    return [loss.detach(), *(leaf.grad for leaf in (*leaves, temperature))]
 
 
-def require_equal(got: list[Tensor], want: list[Tensor], tolerance: float) -> float:
-    """The largest difference, relative to the largest entry of its tensor; exits where it exceeds the tolerance."""
-    worst = max(
-        ((a.double() - b.double()).abs().max() / b.double().abs().max()).item() for a, b in zip(got, want, strict=True)
+def step(of: functools.partial[Tensor], dtype: torch.dtype, data: Batch) -> list[Tensor]:
+    """Loss and gradients."""
+    leaves = [data[name].to(dtype).detach().requires_grad_() for name in ("queries", "positives", "negatives")]
+    temperature = torch.tensor(0.1, dtype=dtype, device=leaves[0].device, requires_grad=True)
+    loss = of(data, leaves, temperature)
+    return [loss.detach(), *torch.autograd.grad(loss, (*leaves, temperature))]
+
+
+def form(dtype: torch.dtype = torch.float32, **options: object) -> functools.partial[list[Tensor]]:
+    return functools.partial(step, functools.partial(loss_of, **options), dtype)
+
+
+def absent() -> dict[str, str]:
+    peers = {"Liger": "liger_kernel", "cut-cross-entropy": "cut_cross_entropy"}
+    return {name: "not installed" for name, module in peers.items() if importlib.util.find_spec(module) is None}
+
+
+def comparisons(device: torch.device) -> Iterator[Comparison]:
+    plain = functools.partial(loss_of, backend="reference")
+    modes = {
+        name: functools.partial(step, one, torch.float32) for name, one in compiled("reference", plain, device).items()
+    }
+    flops = 3 * 2 * NUM_ROWS * NUM_COLUMNS * DIM  # logits, and the gradients of both sides
+    yield Comparison(
+        op="sampled softmax, forward and backward",
+        sizes={"rows": NUM_ROWS, "columns": NUM_COLUMNS, "dim": DIM},
+        dtype="float32",
+        batches=[batch(NUM_ROWS, NUM_ROWS, seed, device) for seed in range(NUM_BATCHES)],
+        exact=form(torch.float64, backend="reference"),
+        forms={"chunked": form(backend="chunked"), "reference": form(backend="reference")} | modes,
+        allowed=ALLOWED,
+        flops=flops,
+        bars={"reference": 1.8, "reference, compiled, default": 1.3, "reference, compiled, max-autotune": 1.3},
+        absent=absent(),
     )
-    if not worst <= tolerance:
-        raise SystemExit(f"wrong by {worst:.2g} of the largest entry (allowed {tolerance:.2g}): not timed")
-    return worst
-
-
-def anonymous_bytes() -> int:
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))
-
-
-def _peak(backend: str, threads: int, out: multiprocessing.Queue[int]) -> None:
-    torch.set_num_threads(threads)
-    step(batch(32, 32, 64, DIM), backend)  # thread pools and code are in memory before the measurement
-    data = batch(NUM_ROWS, NUM_ROWS, NUM_COLUMNS, DIM)
-    before, peak, done = anonymous_bytes(), 0, threading.Event()
-
-    def watch() -> None:
-        nonlocal peak
-        while not done.wait(0.0005):
-            peak = max(peak, anonymous_bytes())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    step(data, backend)
-    done.set()
-    watcher.join()
-    out.put(peak - before)
-
-
-def peak_extra_mib(backend: str) -> float:
-    if not os.path.exists("/proc/self/status"):
-        return float("nan")
-    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
-    context = multiprocessing.get_context("spawn")
-    out = context.Queue()
-    process = context.Process(target=_peak, args=(backend, torch.get_num_threads(), out))
-    process.start()
-    process.join()
-    del os.environ["MALLOC_MMAP_THRESHOLD_"]
-    return out.get() / 2**20
-
-
-def main() -> None:
-    # A float32 dot product of unit vectors over τ = 0.1 is off by some EPSILON * 10, a probability by that share.
-    small = batch(256, 256, 1024, 64)
-    exact = step(small, "reference", dtype=torch.float64)
-    for backend in ("reference", "chunked"):
-        require_equal(step(small, backend), exact, 100 * EPSILON)
-
-    data = batch(NUM_ROWS, NUM_ROWS, NUM_COLUMNS, DIM)
-    apart = require_equal(step(data, "chunked"), step(data, "reference"), 200 * EPSILON)
-    seconds = interleaved({name: lambda name=name: step(data, name) for name in ("reference", "chunked")})
-    rows = [
-        (name, seconds[name], seconds["reference"] / seconds[name], peak_extra_mib(name))
-        for name in ("reference", "chunked")
-    ]
-    table(
-        f"sampled softmax, own=, {NUM_ROWS} x {NUM_COLUMNS} x {DIM}, apart by {apart:.1g} (bars: 1.8 times, 50 MiB)",
-        ("backend", "seconds", "times faster", "extra MiB"),
-        rows,
+    yield Comparison(
+        op=f"sampled softmax, {NUM_PAIRS} positives a query",
+        sizes={"queries": NUM_ROWS // NUM_PAIRS, "positives": NUM_ROWS, "columns": NUM_COLUMNS, "dim": DIM},
+        dtype="float32",
+        batches=[batch(NUM_ROWS // NUM_PAIRS, NUM_ROWS, seed, device) for seed in range(NUM_BATCHES)],
+        exact=form(torch.float64, backend="reference"),
+        forms={
+            "pair_queries": form(backend="chunked"),
+            "a row a positive": form(backend="chunked", row_a_positive=True),
+        },
+        allowed=ALLOWED,
+        flops=flops / NUM_PAIRS,
+        bars={"a row a positive": 5.0},
     )
-
-    num_pairs = 8
-    data = batch(NUM_ROWS // num_pairs, NUM_ROWS, NUM_COLUMNS, DIM)
-    apart = require_equal(step(data, "chunked"), step(data, "chunked", repeated=True), 200 * EPSILON)
-    seconds = interleaved(
-        {
-            "one row a positive": lambda: step(data, "chunked", repeated=True),
-            "pair_queries": lambda: step(data, "chunked"),
-        }
-    )
-    table(
-        f"pair_queries, {num_pairs} positives a query, apart by {apart:.1g} (bar: 5 times)",
-        ("form", "seconds", "times faster"),
-        [(name, value, seconds["one row a positive"] / value) for name, value in seconds.items()],
-    )
-
-
-if __name__ == "__main__":
-    main()

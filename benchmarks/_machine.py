@@ -1,0 +1,75 @@
+"""What a benchmark ran on, and how fast that multiplies matrices and copies memory."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import pathlib
+import platform
+import subprocess
+from typing import Any, NamedTuple
+
+import torch
+
+from benchmarks._timing import interleaved
+
+PEERS = "triton", "fbgemm-gpu-cpu", "fbgemm-gpu", "torchrec", "datasketches", "liger-kernel", "cut-cross-entropy"
+SIDE, COPIED = 2048, 1 << 26  # of a matrix; float32 numbers, more than a cache holds
+
+
+class Rates(NamedTuple):
+    """What nothing that computes or moves as much can be faster than."""
+
+    flops: float
+    """A second, of a product of float32 matrices."""
+    bytes: float
+    """A second, read and written, of a copy."""
+
+    def floor(self, flops: float, moved: float) -> float:
+        """Seconds that so many operations and bytes take at least, the ones beside the others."""
+        return max(flops / self.flops, moved / self.bytes)
+
+
+def measure_rates(device: torch.device) -> Rates:
+    left, right = torch.randn(SIDE, SIDE, device=device), torch.randn(SIDE, SIDE, device=device)
+    product = torch.empty_like(left)
+    source = torch.zeros(COPIED, device=device)
+    target = torch.ones_like(source)
+    calls = {"product": lambda: torch.mm(left, right, out=product), "copy": lambda: target.copy_(source)}
+    seconds = interleaved(calls, device=device)
+    return Rates(2 * SIDE**3 / seconds["product"], 2 * source.nbytes / seconds["copy"])
+
+
+def described(device: torch.device) -> dict[str, Any]:
+    """Machine, versions and commit, as a result must name them."""
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    installed = {one.name.replace("_", "-"): one.version for one in importlib.metadata.distributions()}
+    versions |= {name: installed[name] for name in PEERS if name in installed}
+    processor = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    return {
+        "device": device.type,
+        "processor": processor,
+        "threads": torch.get_num_threads(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "versions": versions,
+        "commit": _commit(),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+def _commit() -> str:
+    """The commit that is checked out, and whether files differ from it."""
+    said = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=40"],
+        cwd=pathlib.Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return said.stdout.strip() or "unknown"

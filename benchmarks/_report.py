@@ -1,0 +1,66 @@
+"""Results as JSON, and beside earlier ones."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from benchmarks._comparison import Comparison, Row, missed
+from benchmarks._machine import Rates
+from benchmarks._timing import table
+
+
+def as_json(
+    machine: dict[str, Any], rates: Rates, results: Sequence[tuple[Comparison, Sequence[Row]]]
+) -> dict[str, Any]:
+    """Everything that was seen, and on what."""
+    return {
+        "machine": machine,
+        "rates": rates._asdict(),
+        "results": [
+            {
+                "op": one.op,
+                "sizes": dict(one.sizes),
+                "dtype": one.dtype,
+                "allowed": one.allowed,
+                "bars": dict(one.bars),
+                "missed": missed(one, rows),
+                "absent": dict(one.absent),
+                "rows": [row._asdict() for row in rows],
+            }
+            for one, rows in results
+        ],
+    }
+
+
+def write(path: pathlib.Path, found: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(found, indent=1, allow_nan=True) + "\n")
+
+
+def show_beside(earlier: dict[str, Any], now: dict[str, Any]) -> None:
+    """Print what takes another time than it took in an earlier run; of another machine that is said."""
+    before = {key: row for key, row in _by_key(earlier) if row["seconds"] is not None}
+    rows: list[tuple[object, ...]] = []
+    for key, row in _by_key(now):
+        old = before.get(key)
+        if old is not None and row["seconds"] is not None:
+            op, sizes, dtype, form = key
+            rows.append((op, sizes, dtype, form, 1000 * old["seconds"], 1000 * row["seconds"]))
+            rows[-1] += (row["seconds"] / old["seconds"],)
+    header = "op", "sizes", "dtype", "form", "ms before", "ms now", "now of before"
+    table(f"beside {earlier['machine']['commit'][:12]}", header, rows)
+    for name in ("processor", "device", "threads", "versions"):
+        then, there = earlier["machine"][name], now["machine"][name]
+        if then != there:
+            print(f"  another {name}: {then} before, {there} now")
+
+
+def _by_key(found: dict[str, Any]) -> list[tuple[tuple[str, str, str, str], dict[str, Any]]]:
+    return [
+        ((one["op"], " ".join(f"{size}" for size in one["sizes"].values()), one["dtype"], row["form"]), row)
+        for one in found["results"]
+        for row in one["rows"]
+    ]

@@ -1,0 +1,154 @@
+"""The benchmarks' runner: what is wrong is not timed, and turns a run red."""
+
+import itertools
+import json
+
+import pytest
+import torch
+
+from benchmarks import __main__ as runner
+from benchmarks import _comparison, _machine, bench_time
+from benchmarks._comparison import Comparison, extra_bytes, is_wrong, measure, missed
+
+CPU = torch.device("cpu")
+RATES = _machine.Rates(flops=1e9, bytes=1e9)
+
+
+def squares(**changed):
+    def ours(x):
+        return [x * x, x.sum()]
+
+    given = {
+        "op": "squares",
+        "sizes": {"numbers": 1000},
+        "dtype": "float32",
+        "batches": [torch.rand(1000, generator=torch.Generator().manual_seed(seed)) + 1 for seed in range(3)],
+        "exact": lambda x: [x.double() ** 2, x.double().sum()],
+        "forms": {"ours": ours, "theirs": lambda x: [x.pow(2), x.sum()]},
+        "allowed": 1e-6,
+        "moved": 8000.0,
+    }
+    return Comparison(**{**given, **changed})
+
+
+@pytest.fixture(autouse=True)
+def _at_once(monkeypatch):
+    monkeypatch.setattr(runner, "measure_rates", lambda _: RATES)
+    monkeypatch.setattr(runner, "keep_memory", lambda: None)
+
+
+def test_what_is_right_is_timed():
+    ours, theirs = measure(squares(), RATES, CPU)
+    for row in (ours, theirs):
+        assert row.error <= 1e-6
+        assert row.spread[0] <= row.seconds <= row.spread[1]
+        assert row.of_floor == pytest.approx(8000 / 1e9 / row.seconds)
+    assert ours.extra_bytes == 4004
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda x: [x * x * 1.001, x.sum()],
+        lambda x: [x * x, x.sum() + 1],
+        lambda x: [torch.where(x == x[7], torch.nan, x * x), x.sum()],
+        lambda x: [(x * x)[:-1], x.sum()],
+        lambda x: [x * x],
+        lambda x: [torch.where(x == x.max(), x.min(), x) ** 2, x.sum()],
+    ],
+)
+def test_what_is_wrong_is_not_timed(wrong, monkeypatch, capsys):
+    timed = []
+    monkeypatch.setattr(_comparison, "runs", lambda calls, **_: timed.extend(calls) or {name: [1, 2] for name in calls})
+    one = squares(forms={"ours": wrong, "theirs": lambda x: [x.pow(2), x.sum()]})
+    rows = measure(one, RATES, CPU)
+    assert timed == ["theirs"]
+    assert is_wrong(rows)
+    assert "ours is wrong" in missed(one, rows)[0]
+    _comparison.show(one, rows)
+    assert "not timed" in capsys.readouterr().out
+
+
+def test_a_form_that_is_wrong_on_one_batch_alone_is_wrong():
+    right = squares()
+    last = right.batches[-1]
+    one = right._replace(forms={"ours": lambda x: [x * x * (2 if x is last else 1), x.sum()]})
+    assert is_wrong(measure(one, RATES, CPU))
+
+
+def test_a_peer_that_is_wrong_is_not_timed_and_turns_nothing_red(capsys):
+    one = squares(forms={"ours": lambda x: [x * x, x.sum()], "theirs": lambda x: [x, x.sum()]}, bars={"theirs": 2.0})
+    rows = measure(one, RATES, CPU)
+    assert not is_wrong(rows)
+    assert rows[1].seconds is None
+    assert missed(one, rows) == []
+    _comparison.show(one, rows)
+    assert "theirs  wrong by" in capsys.readouterr().out
+
+
+def test_a_bar_that_is_not_met_is_said(capsys):
+    one = squares(bars={"theirs": 1e9}, absent={"Liger": "not installed"})
+    rows = measure(one, RATES, CPU)
+    (said,) = missed(one, rows)
+    assert said.endswith("times theirs, not 1e+09")
+    _comparison.show(one, rows)
+    out = capsys.readouterr().out
+    assert f"missed: {said}" in out
+    assert "absent: not installed" in out
+
+
+def test_forms_are_given_the_batches_in_turn():
+    given = []
+    one = squares(forms={"ours": lambda x: given.append(id(x)) or [x * x, x.sum()]})
+    measure(one, RATES, CPU)
+    in_turn = given[len(one.batches) :]
+    assert all(one != other for one, other in itertools.pairwise(in_turn))
+
+
+def test_extra_bytes_are_those_held_at_once():
+    def call():
+        first = torch.zeros(1000)
+        second = first + 1
+        del first
+        return second + 1
+
+    assert 8000 <= extra_bytes(call, CPU) < 8064  # torch makes tensors of a few bytes of numbers
+
+
+def small(monkeypatch):
+    monkeypatch.setattr(bench_time, "NUM_USERS", 2)
+    monkeypatch.setattr(bench_time, "SLOTS", 8)
+    monkeypatch.setattr(bench_time, "compiled", lambda *_: {})
+
+
+def test_a_run_is_written_down_and_set_beside_an_earlier_one(monkeypatch, tmp_path, capsys):
+    small(monkeypatch)
+    path = tmp_path / "new" / "run.json"
+    assert runner.main(["time", "--json", str(path)]) == 0
+    found = json.loads(path.read_text())
+    assert found["machine"]["versions"]["torch"] == torch.__version__
+    assert found["machine"]["commit"] != ""
+    (one,) = found["results"]
+    assert one["sizes"] == {"users": 2, "slots": 8}
+    assert [row["form"] for row in one["rows"]] == ["recblocks", "float64"]
+    found["machine"]["threads"] += 1
+    path.write_text(json.dumps(found))
+    capsys.readouterr()
+    assert runner.main(["time", "--against", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert "now of before" in out
+    assert "another threads" in out
+
+
+def test_a_kernel_that_is_broken_on_purpose_turns_the_run_red(monkeypatch, capsys):
+    small(monkeypatch)
+    right = bench_time.log_periodic_features
+    monkeypatch.setattr(bench_time, "log_periodic_features", lambda t, **how: right(t + 1, **how))
+    assert runner.main(["time"]) == 1
+    assert "recblocks is wrong by" in capsys.readouterr().out
+
+
+def test_a_benchmark_that_there_is_not_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        runner.main(["nothing"])
+    assert "no benchmark named nothing" in capsys.readouterr().err
