@@ -619,6 +619,100 @@ def test_c_plus_plus_lays_features_side_by_side_where_it_looks_them_up(monkeypat
                 assert laid == want
 
 
+APART = {"a": 16, "b": 3, "c": 32, "d": 16, "e": 1}
+
+
+def apart(num_rows, dtype=torch.float32):
+    """A served lookup of several widths and poolings, and a batch of it, in which a, c and d are in bags."""
+    features = {name: IdFeature(name, pooling="mean" if name in "ad" else "sum") for name in APART}
+    lookup = FusedEmbeddingLookup({name: EmbeddingTable(30, dim) for name, dim in APART.items()}, features)
+    lookup.insert(dict.fromkeys(APART, torch.arange(20)))
+    generator = torch.Generator().manual_seed(num_rows)
+    batch = {name: torch.randint(-5, 40, (num_rows,), generator=generator) for name in APART}
+    for name in "acd":
+        offsets = functional.pad(torch.randint(4, (num_rows,), generator=generator).cumsum(0), (1, 0))
+        batch[name] = torch.randint(-5, 40, (int(offsets[-1]),), generator=generator), offsets
+    return ServingLookup(lookup, dtype=dtype, backend="cpp"), batch
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int8])
+@pytest.mark.parametrize("num_rows", [63, 64, 65, 300])
+def test_features_of_many_rows_are_looked_up_as_they_lie(dtype, num_rows, monkeypatch):
+    served, batch = apart(num_rows, dtype)
+    laid, lay = [], cpp.lay
+    monkeypatch.setattr(cpp, "lay", lambda *given: laid.append(given) or lay(*given))
+    found = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        try:
+            found.append(served(batch).pooled)
+        finally:
+            torch.set_num_threads(1)
+    assert bool(laid) == (num_rows < 64)
+    served.backend = "reference"
+    want = served(batch).pooled
+    for got in found:
+        # Three numbers below 1 that may be added in another order, and a mean: three roundings by at most 2**-25 each.
+        torch.testing.assert_close(got, want, rtol=0, atol=3e-7)
+    single = {name: ids if isinstance(ids, torch.Tensor) else ids[0][:num_rows] for name, ids in batch.items()}
+    want = served(single).pooled
+    served.backend = "cpp"
+    assert torch.equal(served(single).pooled, want)
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", ["a", "d"])
+@pytest.mark.parametrize(("at", "number"), [(0, 1), (0, -1), (3, -2), (5, 10**6), (-1, 10**6), (-1, 1), (-2, 0)])
+def test_offsets_that_are_none_are_refused_where_features_lie_apart(name, at, number):
+    served, batch = apart(70)
+    offsets = batch[name][1].clone()
+    offsets[at] = number
+    with pytest.raises(ValueError, match=rf"features\['{name}'\]\[1\] must"):
+        served(batch | {name: (batch[name][0], offsets)})
+    with pytest.raises(ValueError, match=rf"features\['{name}'\]\[1\] must"):
+        served(batch | {name: (batch[name][0][:-1], batch[name][1])})
+
+
+@needs_compiler
+@pytest.mark.parametrize("which", ["ids", "offsets", "single"])
+def test_features_may_lie_in_memory_as_they_like(which):
+    served, batch = apart(80)
+    want = served(batch).pooled
+    ids, offsets, single = (one.repeat_interleave(2)[::2] for one in (*batch["a"], batch["b"]))
+    changed = {"ids": {"a": (ids, batch["a"][1])}, "offsets": {"a": (batch["a"][0], offsets)}, "single": {"b": single}}
+    got = served(batch | changed[which]).pooled
+    assert torch.equal(got, want)
+
+
+@needs_compiler
+def test_whoever_looks_sees_features_that_lie_apart_looked_up_by_the_operator():
+    served, batch = apart(80)
+    want = served(batch).pooled
+    with _Seen() as mode:
+        seen = served(batch).pooled
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        profiled = served(batch).pooled
+    assert torch.equal(seen, want)
+    assert torch.equal(profiled, want)
+    assert "recblocks.fused_lookup_vectors.default" in mode.names
+    assert "recblocks::fused_lookup_vectors" in [event.key for event in profile.key_averages()]
+
+
+@needs_compiler
+def test_rows_and_columns_that_there_are_not_are_refused_where_features_lie_apart():
+    served, batch = apart(80)
+    for field, number in ((0, 9), (2, 10**6), (4, 7), (5, 60), (5, -1)):
+        places = served.places.clone()
+        served.places[field, 2] = number
+        if field == 2:
+            served.places[3, 2] = 1
+            served.keys.fill_(0)
+        with pytest.raises(IndexError, match="places must name parts of the id table, weights"):
+            served(batch)
+        served.places.copy_(places)
+
+
 @needs_compiler
 def test_on_the_meta_device_there_is_nothing_to_lay():
     lookup = FusedEmbeddingLookup({"t": EmbeddingTable(9, 2)}, {"a": IdFeature("t")}, device="meta", backend="cpp")

@@ -11,7 +11,7 @@ from torch.nn import functional
 from recblocks._hashing import FIRST, GOLDEN, LOW_32, mix, signed
 from recblocks.embedding._buckets import Changes, Slots, find
 from recblocks.embedding._layout import Layout, Vectors
-from recblocks.embedding._packing import Group
+from recblocks.embedding._packing import Group, Ids, PackedIds, groups_of, plain
 from recblocks.embedding.id_table import IdTable, TableFull
 from recblocks.kernels.fused_lookup import dispatch
 from recblocks.kernels.fused_lookup.asked import Asked
@@ -78,7 +78,7 @@ def rows_of(groups: Sequence[Group], slots: Slots, places: Tensor, backend: str 
 
 def kernel_vectors(
     backend: str,
-    groups: Sequence[Group],
+    features: Mapping[str, Ids] | PackedIds,
     slots: Slots,
     places: Tensor,
     weights: Sequence[Tensor],
@@ -89,6 +89,11 @@ def kernel_vectors(
 
     Weights, and scales if there are any, are by width.
     """
+    if backend == "cpp" and not layout.unpooled and not isinstance(features, PackedIds):
+        apart = _vectors_apart(features, (places, *slots), weights, scales, layout)
+        if apart is not None:
+            return Vectors(apart, {})
+    groups = groups_of(layout, features, places.device, backend)
     groups = sorted(groups, key=lambda group: layout.dim_of[group.names[0]])
 
     def look_up(those: Sequence[Group], num_columns: int, pooled: bool) -> Tensor:
@@ -129,6 +134,20 @@ def vectors_in_order(layout: Layout, groups: Sequence[Group], found: Sequence[Te
         pieces = [pooled[name] for name in layout.pooled]
         whole = torch.cat(pieces, 1) if pieces else found[0].new_empty(0, 0)
     return Vectors(whole, layout.in_order(unpooled))
+
+
+def _vectors_apart(
+    features: Mapping[str, Ids],
+    table: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    layout: Layout,
+) -> Tensor | None:
+    """The vectors of features that are looked up as they lie, None where they cannot be."""
+    given = plain(layout, features, table[0].device)
+    if given is None or not all(map(Tensor.is_contiguous, given.flat)):
+        return None
+    return dispatch.vectors_apart(given.ids, given.offsets, table, weights, scales, layout.num_columns)
 
 
 def _one_behind_the_other(groups: Sequence[Group]) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -145,10 +145,18 @@ def _numbers(layout: Layout, of: Alike, device: torch.device) -> Tensor:
     return numbers if every else torch.cat([numbers[at] for at in of.numbers]).unsqueeze(1)
 
 
-def _plain_groups(
-    layout: Layout, features: Mapping[str, Ids], device: torch.device, backend: str | None
-) -> tuple[Group, ...] | None:
-    """Of hundreds of features, all ids or bags, that are seen to be right at once; None: each must be looked at."""
+class Plain(NamedTuple):
+    """Hundreds of features, ids or bags, that were seen at once to be right but for the numbers in offsets."""
+
+    ids: list[Tensor]
+    offsets: list[Any]
+    """None of a feature that is not in bags."""
+    flat: list[Tensor]
+    """Ids of features that pool, and all offsets."""
+
+
+def plain(layout: Layout, features: Mapping[str, Ids], device: torch.device) -> Plain | None:
+    """The features in their order, where they are seen to be right at once; None: each must be looked at."""
     if torch.compiler.is_compiling() or not isinstance(features, Mapping):
         return None
     if features.keys() != layout.features.keys():
@@ -169,9 +177,20 @@ def _plain_groups(
     num_rows |= {shape[0] - 1 for shape in set(map(_SHAPE, begins))}
     if len(num_rows) != 1 or min(num_rows) < 0 or any(offsets[at] is not None for at in layout.unpooled_at):
         return None
+    return Plain(ids, offsets, flat)
+
+
+def _plain_groups(
+    layout: Layout, features: Mapping[str, Ids], device: torch.device, backend: str | None
+) -> tuple[Group, ...] | None:
+    given = plain(layout, features, device)
+    if given is None:
+        return None
+    ids, offsets, flat = given
     in_cpp = backend == "cpp" and device.type == "cpu" and not watched() and all(map(Tensor.is_contiguous, flat))
-    uniform = len(pairs) in (0, len(layout.pooled))
-    alike = layout.all_alike[not pairs] if uniform else layout.alike([one is None for one in offsets])
+    single = [one is None for one in offsets]
+    uniform = sum(single) in (len(layout.unpooled), len(layout.features))
+    alike = layout.all_alike[all(single)] if uniform else layout.alike(single)
     groups = []
     for of in alike:
         own = [ids[at] for at in of.numbers]

@@ -119,13 +119,13 @@ class ServingLookup(nn.Module):
     def forward(self, features: Mapping[str, Ids] | PackedIds) -> Vectors:
         """Look all features up, like `FusedEmbeddingLookup.forward`."""
         backend = self._backend
-        groups = groups_of(self.layout, features, self.places.device, backend)
         slots = Slots(self.keys, self.rows, self.hashed, self.begins)
         if backend is not None:
             weights = [self.get_buffer(f"weight_{dim}") for dim in self.layout.dims]
             quantized = self.dtype == torch.int8
             scales = [self.get_buffer(f"scale_{dim}") for dim in self.layout.dims if quantized]
-            return kernel_vectors(backend, groups, slots, self.places, weights, scales, self.layout)
+            return kernel_vectors(backend, features, slots, self.places, weights, scales, self.layout)
+        groups = groups_of(self.layout, features, self.places.device, backend)
         rows = rows_of(groups, slots, self.places, None)
         found = [self._vectors(group, their) for group, their in zip(groups, rows, strict=True)]
         return vectors_in_order(self.layout, groups, found)

@@ -29,6 +29,7 @@ from torch import Tensor
 from recblocks._files import replacing, user_cache
 from recblocks.kernels.fused_lookup.asked import ELEMENTS, Asked
 
+BLOCK = 64  # ids that `lookup.cpp` looks up at a time
 _SOURCE = pathlib.Path(__file__).with_name("lookup.cpp")
 _FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fPIC", "-shared")
 _LOADED_IN = os.getpid()
@@ -171,14 +172,39 @@ def fill_vectors(
     repeat: int,
 ) -> None:
     """What `lookup_vectors` gives, into ``out``; all are contiguous."""
-    pairs = itertools.zip_longest(weights, scales)
-    every = [_Weight(one.data_ptr(), *one.shape, _pointer(scale)) for one, scale in pairs]
-    given = _Weights((_Weight * len(every))(*every), len(every), ELEMENTS.index(weights[0].dtype))
     num_bags = 0 if offsets is None else offsets.numel() - 1
-    where = _Out(out.data_ptr(), *out.shape), *_given(asked, repeat), given
+    where = _Out(out.data_ptr(), *out.shape), *_given(asked, repeat), _weights(weights, scales)
     wrong = library().fill_vectors(*where, _pointer(offsets), num_bags, _num_threads())
     if wrong:
         raise _error(wrong, asked, offsets)
+
+
+def fill_apart(
+    out: Tensor,
+    ids: Sequence[Tensor],
+    offsets: Sequence[Tensor | None],
+    asked: Asked,
+    weights: Sequence[Tensor],
+    scales: Sequence[Tensor],
+) -> bool:
+    """What `lookup_vectors` gives, into ``out``, of features that lie apart; all are contiguous.
+
+    Args:
+        out: (B, columns).
+        ids: (B) int64 of each feature, in their order; (N) of one with bags.
+        offsets: (B + 1) of each with bags, where these begin and the last one ends; None of the others.
+        asked: places and id table.
+        weights: of each width.
+        scales: like `lookup_vectors`'.
+
+    Returns:
+        whether it was done, which it is not where anything is wrong: who looks at each feature says what.
+    """
+    begins = array("q", [0 if one is None else one.data_ptr() for one in offsets])
+    where = array("q", map(Tensor.data_ptr, ids)), array("q", map(Tensor.numel, ids)), begins
+    apart = _Apart(*(some.buffer_info()[0] for some in where), len(ids), out.shape[0])
+    given = _Out(out.data_ptr(), *out.shape), apart, _table(asked), _weights(weights, scales)
+    return not library().fill_apart(*given, _num_threads())
 
 
 def lay(ids: Sequence[Tensor], offsets: Sequence[Tensor] | None) -> tuple[Tensor, Tensor | None, Tensor | None] | None:
@@ -227,14 +253,24 @@ def _load(path: pathlib.Path) -> ctypes.CDLL:
     built.lay.argtypes = [ctypes.POINTER(_Apart), pointer, pointer, number]
     out_of = ctypes.POINTER(_Out), *given, ctypes.POINTER(_Weights)
     built.fill_vectors.argtypes = [*out_of, pointer, number, number]
+    built.fill_apart.argtypes = [*map(ctypes.POINTER, (_Out, _Apart, _Table, _Weights)), number]
     return built
 
 
 def _given(asked: Asked, repeat: int) -> tuple[_Ids, _Table]:
-    ids, feature, places, keys, rows, hashed, begins = (one.data_ptr() for one in asked)
+    return _Ids(asked.ids.data_ptr(), asked.ids.numel(), asked.feature.data_ptr(), repeat), _table(asked)
+
+
+def _table(asked: Asked) -> _Table:
+    places, keys, rows, hashed, begins = (one.data_ptr() for one in asked[2:])
     buckets, parts = asked.keys.shape[0], asked.begins.shape[0] - 1
-    table = _Table(places, asked.places.shape[1], keys, rows, hashed, buckets, begins, parts)
-    return _Ids(ids, asked.ids.numel(), feature, repeat), table
+    return _Table(places, asked.places.shape[1], keys, rows, hashed, buckets, begins, parts)
+
+
+def _weights(weights: Sequence[Tensor], scales: Sequence[Tensor]) -> _Weights:
+    pairs = itertools.zip_longest(weights, scales)
+    every = [_Weight(one.data_ptr(), *one.shape, _pointer(scale)) for one, scale in pairs]
+    return _Weights((_Weight * len(every))(*every), len(every), ELEMENTS.index(weights[0].dtype))
 
 
 def _pointer(tensor: Tensor | None) -> int | None:

@@ -156,6 +156,38 @@ def vectors_of(
     return _lookup_vectors(*asked, *how)
 
 
+def vectors_apart(
+    ids: Sequence[Tensor],
+    offsets: Sequence[Tensor | None],
+    table: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    num_columns: int,
+) -> Tensor | None:
+    """What `lookup_vectors` gives, by C++, of features that all pool and lie apart, without laying them side by side.
+
+    Args:
+        ids: (B) int64 of each feature, in their order; (N) of one with bags; contiguous, on a CPU.
+        offsets: (B + 1) of each with bags, contiguous, where these begin and the last one ends; None of the others.
+        table: what stands in `Asked` behind the ids and their features.
+        weights: like `lookup_vectors`'.
+        scales: likewise.
+        num_columns: likewise.
+
+    Returns:
+        None where torch has to see what is done, there are fewer rows than ids that are looked up at a time, or
+        anything is wrong.
+    """
+    num_rows = ids[0].shape[0] if offsets[0] is None else offsets[0].shape[0] - 1
+    if num_rows < cpp.BLOCK or watched() or _seen((*table, *weights, *scales)):
+        return None
+    asked = Asked(ids[0], ids[0], *table)
+    _check_weights(asked, weights, scales)
+    out = torch.empty((num_rows, num_columns), dtype=torch.float32, device="cpu")
+    every = ([one.contiguous() for one in some] for some in (weights, scales))
+    return out if cpp.fill_apart(out, ids, offsets, asked.contiguous(), *every) else None
+
+
 def _seen(given: Sequence[Tensor | None]) -> bool:
     """Whether a profiler, a mode of functions, a subclass of Tensor, autograd or a fake device has to see a call."""
     if torch._C._autograd._profiler_enabled() or torch._C._len_torch_function_stack() > 0:
@@ -189,7 +221,18 @@ def _check(
     num_columns: int,
     pooled: bool,
 ) -> None:
-    asked.check(offsets, *weights, *scales)
+    asked.check(offsets)
+    _check_weights(asked, weights, scales)
+    in_all = asked.feature.numel() if pooled else 1
+    if len(counts) != len(weights) or sum(counts) != in_all or min(counts) < 0:
+        raise ValueError(f"counts must be one a weight, {in_all} in all, got {list(counts)}")
+    wide = sum(count * weight.shape[1] for count, weight in zip(counts, weights, strict=True))
+    if num_columns != wide:
+        raise ValueError(f"num_columns must be what the features take, {wide}, got {num_columns}")
+
+
+def _check_weights(asked: Asked, weights: Sequence[Tensor], scales: Sequence[Tensor]) -> None:
+    asked.check(None, *weights, *scales)
     for weight in weights:
         _checks.tensor("weights", weight, "R", "D", dtype=ELEMENTS)
     if scales and len(scales) != len(weights):
@@ -198,12 +241,6 @@ def _check(
         _checks.tensor("scales", scale, weight.shape[0], dtype=torch.float32)
     if len({weight.dtype for weight in weights}) != 1:
         raise TypeError(f"weights must be of one dtype, got {[weight.dtype for weight in weights]}")
-    in_all = asked.feature.numel() if pooled else 1
-    if len(counts) != len(weights) or sum(counts) != in_all or min(counts) < 0:
-        raise ValueError(f"counts must be one a weight, {in_all} in all, got {list(counts)}")
-    wide = sum(count * weight.shape[1] for count, weight in zip(counts, weights, strict=True))
-    if num_columns != wide:
-        raise ValueError(f"num_columns must be what the features take, {wide}, got {num_columns}")
     if asked.places.shape[0] != 7:
         raise ValueError(f"places must have shape (7, features), got {_checks.describe(asked.places)}")
 

@@ -373,7 +373,8 @@ int fill(const Task<Element>& task, const Bags& bags, int64_t num_threads) {
         return in_steps(num_ids, BLOCK, num_ids, num_threads, [&](int64_t begin) { return one_each(task, begin); });
     }
     const int64_t most = std::max<int64_t>(std::min(BAGS, SUMS / std::max<int64_t>(task.widest, 1)), 1);
-    const int64_t step = std::min(most, 1 + bags.num_bags / (TURNS * num_threads));
+    const int64_t turns = num_threads > 1 ? TURNS * num_threads : 1;
+    const int64_t step = std::min(most, 1 + bags.num_bags / turns);
     return in_steps(bags.num_bags, step, num_ids, num_threads, [&](int64_t first) {
         return pool(task, bags, first, std::min(first + step, bags.num_bags));
     });
@@ -383,9 +384,21 @@ int fill(const Task<Element>& task, const Bags& bags, int64_t num_threads) {
 struct Apart {
     const int64_t* const* ids;
     const int64_t* sizes;           // how many ids of each
-    const int64_t* const* offsets;  // (num_rows + 1,) of each, or null
+    const int64_t* const* offsets;  // (num_rows + 1,) of each, null where a row is one id; or null
     int64_t num_features, num_rows;
 };
+
+// As many bags, or else ids, of one feature after the other: those of a feature are given as `fill` is given all.
+template <class Element>
+int fill_each(const Out& out, const Apart& apart, const Table& table, const Rows* every, int64_t num_weights,
+              int64_t num_threads) {
+    const int64_t num_ids = std::accumulate(apart.sizes, apart.sizes + apart.num_features, int64_t(0));
+    return in_steps(apart.num_features, 1, num_ids, num_threads, [&](int64_t feature) {
+        const Ids given{apart.ids[feature], apart.sizes[feature], &feature, apart.num_rows};
+        const Task<Element> task(out, given, table, every, num_weights);
+        return Wrong(fill(task, Bags{apart.offsets[feature], apart.num_rows}, 1));
+    });
+}
 
 // Whether the offsets run from 0 to the number of ids; they are put down as they run behind ``begin`` ids.
 bool move_offsets(const int64_t* offsets, int64_t num_rows, int64_t num_ids, int64_t begin, int64_t* to) {
@@ -427,16 +440,28 @@ struct Weights {
     int64_t element;
 };
 
+template <class Fill>
+int by_element(int64_t element, Fill fill) {
+    switch (element) {
+        case 0: return fill(float());
+        case 1: return fill(Half());
+        case 2: return fill(Bfloat());
+        default: return fill(int8_t());
+    }
+}
+
 extern "C" int fill_vectors(const Out* out, const Ids* given, const Table* table, const Weights* weights,
                             const int64_t* offsets, int64_t num_bags, int64_t num_threads) {
-    const auto fill_of = [&](auto element) {
+    return by_element(weights->element, [&](auto element) {
         const Task<decltype(element)> task(*out, *given, *table, weights->every, weights->num_weights);
         return fill(task, Bags{offsets, num_bags}, num_threads);
-    };
-    switch (weights->element) {
-        case 0: return fill_of(float());
-        case 1: return fill_of(Half());
-        case 2: return fill_of(Bfloat());
-        default: return fill_of(int8_t());
-    }
+    });
+}
+
+extern "C" int fill_apart(const Out* out, const Apart* apart, const Table* table, const Weights* weights,
+                          int64_t num_threads) {
+    return by_element(weights->element, [&](auto element) {
+        using Element = decltype(element);
+        return fill_each<Element>(*out, *apart, *table, weights->every, weights->num_weights, num_threads);
+    });
 }
