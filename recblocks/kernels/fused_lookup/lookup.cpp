@@ -388,7 +388,7 @@ struct Apart {
     int64_t num_features, num_rows;
 };
 
-// As many bags, or else ids, of one feature after the other: those of a feature are given as `fill` is given all.
+// Each feature by itself, as if it were all that is given; the threads share the features.
 template <class Element>
 int fill_each(const Out& out, const Apart& apart, const Table& table, const Rows* every, int64_t num_weights,
               int64_t num_threads) {
