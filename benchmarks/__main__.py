@@ -13,7 +13,7 @@ import pathlib
 
 import torch
 
-from benchmarks._comparison import Comparison, Row, is_wrong, measure, show
+from benchmarks._comparison import is_wrong, measure, show
 from benchmarks._machine import described, measure_rates
 from benchmarks._report import as_json, show_beside, write
 from benchmarks._timing import keep_memory
@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"{machine['processor']}, {machine['threads']} threads, {machine['versions']}, commit {machine['commit']}")
     rates = measure_rates(given.device)
     print(f"products {rates.flops / 1e9:.0f} GFLOP/s, copies {rates.bytes / 1e9:.1f} GB/s")
-    results: list[tuple[Comparison, list[Row]]] = []
+    results, wrong = [], False
     for name in given.names or names:
         module = importlib.import_module(f"benchmarks.bench_{name}")
         if not hasattr(module, "comparisons"):
@@ -46,13 +46,14 @@ def main(arguments: list[str] | None = None) -> int:
         for one in module.comparisons(given.device):
             rows = measure(one, rates, given.device)
             show(one, rows)
-            results.append((one._replace(batches=(), forms={}), rows))
-    found = as_json(machine, rates, results)
+            results.append(as_json(one, rows))
+            wrong |= is_wrong(rows)
+    found = {"machine": machine, "rates": rates._asdict(), "results": results}
     if given.json is not None:
         write(given.json, found)
     if earlier is not None:
         show_beside(earlier, found)
-    return int(any(is_wrong(rows) for _, rows in results))
+    return int(wrong)
 
 
 if __name__ == "__main__":

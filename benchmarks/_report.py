@@ -8,30 +8,20 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks._comparison import Comparison, Row, missed
-from benchmarks._machine import Rates
 from benchmarks._timing import table
 
 
-def as_json(
-    machine: dict[str, Any], rates: Rates, results: Sequence[tuple[Comparison, Sequence[Row]]]
-) -> dict[str, Any]:
-    """Everything that was seen, and on what."""
+def as_json(one: Comparison, rows: Sequence[Row]) -> dict[str, Any]:
+    """What was seen of a comparison, without its batches and forms, which may be large."""
     return {
-        "machine": machine,
-        "rates": rates._asdict(),
-        "results": [
-            {
-                "op": one.op,
-                "sizes": dict(one.sizes),
-                "dtype": one.dtype,
-                "allowed": one.allowed,
-                "bars": dict(one.bars),
-                "missed": missed(one, rows),
-                "absent": dict(one.absent),
-                "rows": [row._asdict() for row in rows],
-            }
-            for one, rows in results
-        ],
+        "op": one.op,
+        "sizes": dict(one.sizes),
+        "dtype": one.dtype,
+        "allowed": one.allowed,
+        "bars": dict(one.bars),
+        "missed": missed(one, rows),
+        "absent": dict(one.absent),
+        "rows": [row._asdict() for row in rows],
     }
 
 

@@ -80,7 +80,14 @@ def groups_of(
 
 def pack(layout: Layout, features: Mapping[str, Ids], device: torch.device, backend: str | None) -> PackedIds:
     """Lay a batch side by side; ``backend`` is what `dispatch.resolve` says."""
-    groups = _plain_groups(layout, features, device, backend)
+    return pack_seen(layout, features, plain(layout, features, device), device, backend)
+
+
+def pack_seen(
+    layout: Layout, features: Mapping[str, Ids], seen: Plain | None, device: torch.device, backend: str | None
+) -> PackedIds:
+    """The same of a batch that `plain` has looked at, and what it saw."""
+    groups = None if seen is None else _plain_groups(layout, seen, device, backend)
     if groups is None:
         _check(layout, features, device)
         given = [_parts(features[name]) for name in layout.features]
@@ -102,14 +109,14 @@ def pack_jagged(layout: Layout, ids: Tensor, lengths: Tensor, num_ids: Sequence[
     for of in layout.all_alike[False]:
         end = begin + len(of.names)
         own, ids = torch.split(ids, [sum(num_ids[begin:end]), sum(num_ids[end:])])
-        sizes, numbers = lengths[begin:end].sum(1), _numbers(layout, of, ids.device)
+        sizes = lengths[begin:end].sum(1)
         if of.kind == "each":
-            shapes = tuple((num,) for num in num_ids[begin:end])
-            feature = torch.repeat_interleave(numbers.flatten(), sizes, output_size=own.shape[0])
+            numbers, shapes = _numbers(layout, of, ids.device).flatten(), tuple((num,) for num in num_ids[begin:end])
+            feature = torch.repeat_interleave(numbers, sizes, output_size=own.shape[0])
             groups.append(Group(of.kind, of.names, shapes, own, feature, None, None))
         else:
             offsets = functional.pad(lengths[begin:end].flatten().cumsum(0), (1, 0))
-            groups.append(Group(of.kind, of.names, (), own, numbers, offsets, sizes))
+            groups.append(_bags(layout, of, own, offsets, sizes))
         begin = end
     return PackedIds(tuple(groups), layout.made_for)
 
@@ -153,6 +160,8 @@ class Plain(NamedTuple):
     """None of a feature that is not in bags."""
     flat: list[Tensor]
     """Ids of features that pool, and all offsets."""
+    num_rows: int
+    """Of the features that pool, all alike."""
 
 
 def plain(layout: Layout, features: Mapping[str, Ids], device: torch.device) -> Plain | None:
@@ -177,16 +186,12 @@ def plain(layout: Layout, features: Mapping[str, Ids], device: torch.device) -> 
     num_rows |= {shape[0] - 1 for shape in set(map(_SHAPE, begins))}
     if len(num_rows) != 1 or min(num_rows) < 0 or any(offsets[at] is not None for at in layout.unpooled_at):
         return None
-    return Plain(ids, offsets, flat)
+    return Plain(ids, offsets, flat, *num_rows)
 
 
-def _plain_groups(
-    layout: Layout, features: Mapping[str, Ids], device: torch.device, backend: str | None
-) -> tuple[Group, ...] | None:
-    given = plain(layout, features, device)
-    if given is None:
-        return None
-    ids, offsets, flat = given
+def _plain_groups(layout: Layout, given: Plain, device: torch.device, backend: str | None) -> tuple[Group, ...] | None:
+    """What is laid side by side at once; None: offsets are wrong, and each must be looked at."""
+    ids, offsets, flat, _ = given
     in_cpp = backend == "cpp" and device.type == "cpu" and not watched() and all(map(Tensor.is_contiguous, flat))
     single = [one is None for one in offsets]
     uniform = sum(single) in (len(layout.unpooled), len(layout.features))

@@ -162,6 +162,7 @@ def vectors_apart(
     table: Sequence[Tensor],
     weights: Sequence[Tensor],
     scales: Sequence[Tensor],
+    num_rows: int,
     num_columns: int,
 ) -> Tensor | None:
     """What `lookup_vectors` gives, by C++, of features that all pool and lie apart, without laying them side by side.
@@ -172,17 +173,16 @@ def vectors_apart(
         table: what stands in `Asked` behind the ids and their features.
         weights: like `lookup_vectors`'.
         scales: likewise.
-        num_columns: likewise.
+        num_rows: of the output.
+        num_columns: of the output.
 
     Returns:
-        None where torch has to see what is done, there are fewer rows than ids that are looked up at a time, or
-        anything is wrong.
+        None where torch has to see what is done, or anything is wrong.
     """
-    num_rows = ids[0].shape[0] if offsets[0] is None else offsets[0].shape[0] - 1
-    if num_rows < cpp.BLOCK or watched() or _seen((*table, *weights, *scales)):
+    if watched() or _seen((*table, *weights, *scales)):
         return None
     asked = Asked(ids[0], ids[0], *table)
-    _check_weights(asked, weights, scales)
+    _check_tensors(asked, weights, scales)
     out = torch.empty((num_rows, num_columns), dtype=torch.float32, device="cpu")
     every = ([one.contiguous() for one in some] for some in (weights, scales))
     return out if cpp.fill_apart(out, ids, offsets, asked.contiguous(), *every) else None
@@ -221,8 +221,7 @@ def _check(
     num_columns: int,
     pooled: bool,
 ) -> None:
-    asked.check(offsets)
-    _check_weights(asked, weights, scales)
+    _check_tensors(asked, weights, scales, offsets)
     in_all = asked.feature.numel() if pooled else 1
     if len(counts) != len(weights) or sum(counts) != in_all or min(counts) < 0:
         raise ValueError(f"counts must be one a weight, {in_all} in all, got {list(counts)}")
@@ -231,8 +230,10 @@ def _check(
         raise ValueError(f"num_columns must be what the features take, {wide}, got {num_columns}")
 
 
-def _check_weights(asked: Asked, weights: Sequence[Tensor], scales: Sequence[Tensor]) -> None:
-    asked.check(None, *weights, *scales)
+def _check_tensors(
+    asked: Asked, weights: Sequence[Tensor], scales: Sequence[Tensor], offsets: Tensor | None = None
+) -> None:
+    asked.check(offsets, *weights, *scales)
     for weight in weights:
         _checks.tensor("weights", weight, "R", "D", dtype=ELEMENTS)
     if scales and len(scales) != len(weights):
