@@ -498,7 +498,7 @@ from triton.compiler import ASTSource
 from recblocks.kernels.fused_lookup import triton as kernel
 
 TYPES = dict.fromkeys(("num_ids", "repeat", "num_rows", "num_columns", "num_features", "num_buckets"), "i32")
-TYPES |= {"rows": "*i32", "out": "*fp32"}
+TYPES |= {"asked": ("*i64",) * 4 + ("*i32",) + ("*i64",) * 2, "out": "*fp32"}
 ptxas = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "ptxas")
 
 

@@ -78,51 +78,28 @@ def _passed(start, lane, size):
 
 
 @triton.jit
-def _rows_from(
-    start,
-    end,
-    repeat,
-    ids,
-    feature,
-    places,
-    keys,
-    rows,
-    hashed,
-    begins,
-    num_features,
-    num_buckets,
-    IDS: tl.constexpr,
-):
+def _rows_from(start, end, repeat, asked, num_features, num_buckets, IDS: tl.constexpr):
     """Of the ids from ``start`` on: where they stand, which of them are before the end, their features and rows."""
+    ids, feature, places, keys, rows, hashed, begins = asked
     lane = tl.arange(0, IDS)
     at = start + lane
     mask = at < end
     numbers = tl.load(feature + _passed(start, lane, repeat)[0], mask, 0)
-    asked = tl.load(ids + at, mask, 0)
     place = _place_of(numbers, places, begins, num_features)
-    return at, mask, numbers, _row_of(asked, place, mask, keys, rows, hashed, num_buckets)
+    return at, mask, numbers, _row_of(tl.load(ids + at, mask, 0), place, mask, keys, rows, hashed, num_buckets)
 
 
 @triton.jit
-def rows_of_ids(
-    ids, feature, places, keys, rows, hashed, begins, out, num_ids, repeat, num_features, num_buckets, IDS: tl.constexpr
-):
+def rows_of_ids(asked, out, num_ids, repeat, num_features, num_buckets, IDS: tl.constexpr):
     """Some ids a program: their rows."""
     start = tl.program_id(0).to(tl.int64) * IDS
-    table = ids, feature, places, keys, rows, hashed, begins, num_features, num_buckets
-    at, mask, _, row = _rows_from(start, num_ids, repeat, *table, IDS)
+    at, mask, _, row = _rows_from(start, num_ids, repeat, asked, num_features, num_buckets, IDS)
     tl.store(out + at, row, mask)
 
 
 @triton.jit
 def vectors_of_ids(
-    ids,
-    feature,
-    places,
-    keys,
-    rows,
-    hashed,
-    begins,
+    asked,
     weights,
     scales,
     counts,
@@ -138,14 +115,14 @@ def vectors_of_ids(
     SCALED: tl.constexpr,
 ):
     """Some ids of one width a program: their vectors, each in the columns of its feature."""
-    table = ids, feature, places, keys, rows, hashed, begins, num_features, num_buckets
+    places = asked[2]
     program, begin = tl.program_id(0).to(tl.int64), tl.cast(0, tl.int64)
     for which in tl.static_range(len(DIMS)):
         end = begin + tl.cast(repeat, tl.int64) * counts[which]
         num_programs = tl.cdiv(end - begin, IDS[which])
         if (program >= 0) & (program < num_programs):
             start = begin + program * IDS[which]
-            _, mask, numbers, row = _rows_from(start, end, repeat, *table, IDS[which])
+            _, mask, numbers, row = _rows_from(start, end, repeat, asked, num_features, num_buckets, IDS[which])
             vectors = _vectors_of(row, mask, weights[which], scales[which], DIMS[which], WIDTHS[which], SCALED)
             line = _passed(start, tl.arange(0, IDS[which]), num_rows)[1].to(tl.int64)
             to = line * num_columns + tl.load(places + _COLUMN * num_features + numbers, mask, 0)
@@ -188,13 +165,7 @@ def _sum_of(
 
 @triton.jit
 def vectors_of_bags(
-    ids,
-    feature,
-    places,
-    keys,
-    rows,
-    hashed,
-    begins,
+    asked,
     weights,
     scales,
     counts,
@@ -211,6 +182,7 @@ def vectors_of_bags(
     SCALED: tl.constexpr,
 ):
     """One bag a program: the sum or mean of its ids' vectors, in the columns of its feature."""
+    ids, feature, places, keys, rows, hashed, begins = asked
     bag, first = tl.program_id(0).to(tl.int64), tl.cast(0, tl.int64)
     start, stop = tl.load(offsets + bag), tl.load(offsets + bag + 1)
     number = tl.load(feature + bag // repeat)
@@ -232,7 +204,7 @@ def fill_rows(found: Tensor, asked: Asked, repeat: int) -> None:
     num_ids = asked.ids.numel()
     numbers = num_ids, repeat, asked.places.shape[1], asked.keys.shape[0]
     with torch.cuda.device_of(found):
-        rows_of_ids[(triton.cdiv(num_ids, _MOST_IDS),)](*asked, found, *numbers, IDS=_MOST_IDS)
+        rows_of_ids[(triton.cdiv(num_ids, _MOST_IDS),)](tuple(asked), found, *numbers, IDS=_MOST_IDS)
 
 
 def fill_vectors(
@@ -248,7 +220,7 @@ def fill_vectors(
     each = zip(weights, scales or weights, counts, strict=True)
     wanted, by, nums = zip(*(one for one in each if one[2]), strict=True)
     sizes = sizes_of([weight.shape[1] for weight in wanted])
-    given = *asked, wanted, by, nums
+    given = tuple(asked), wanted, by, nums
     numbers = repeat, *out.shape, asked.places.shape[1], asked.keys.shape[0]
     scaled = bool(scales)
     with torch.cuda.device_of(out):
