@@ -17,11 +17,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from recblocks import EmbeddingTable, FusedEmbeddingLookup, IdFeature, ServingLookup
 from recblocks._hashing import mix, unmix
 from recblocks.embedding._gather import lookup_rows
+from recblocks.kernels import building
 from recblocks.kernels.fused_lookup import cpp, dispatch
 
 DEVICES = {"cpp": "cpu", "triton": "cuda" if torch.cuda.is_available() else "cpu"}
 LOWEST, HIGHEST = -(2**63), 2**63 - 1
-HAVE = {"cpp": cpp.compiler() is not None, "triton": importlib.util.find_spec("triton") is not None}
+HAVE = {"cpp": building.compiler() is not None, "triton": importlib.util.find_spec("triton") is not None}
 
 
 @pytest.fixture(params=["cpp", "triton"])
@@ -892,7 +893,7 @@ def compiler_that(path, does):
 
 @needs_compiler
 def test_it_is_built_once_a_user(tmp_path):
-    command = compiler_that(tmp_path / "c++", f'echo built >> {tmp_path}/log; exec {cpp.compiler()[0]} "$@"')
+    command = compiler_that(tmp_path / "c++", f'echo built >> {tmp_path}/log; exec {building.compiler()[0]} "$@"')
     for _ in range(2):
         done = look_up(tmp_path, CXX=command)
         assert (done.stdout.split(), done.stderr) == (["cpp"], "")
@@ -902,7 +903,7 @@ def test_it_is_built_once_a_user(tmp_path):
 
 @needs_compiler
 def test_a_compiler_without_openmp_and_a_cache_that_cannot_be_written_will_do(tmp_path):
-    without = f'case "$*" in *-fopenmp*) exit 1;; esac; exec {cpp.compiler()[0]} "$@"'
+    without = f'case "$*" in *-fopenmp*) exit 1;; esac; exec {building.compiler()[0]} "$@"'
     blocked = tmp_path / "blocked"
     blocked.write_text("a file, where there ought to be a folder")
     for cache in (blocked, tmp_path / "cache"):
@@ -931,7 +932,7 @@ def test_a_library_of_something_else_is_built_again(tmp_path):
     kept.unlink()
     source = tmp_path / "other.cpp"
     source.write_text('extern "C" int other() { return 0; }')
-    subprocess.run([*cpp.compiler(), "-shared", "-fPIC", str(source), "-o", str(kept)], check=True)
+    subprocess.run([*building.compiler(), "-shared", "-fPIC", str(source), "-o", str(kept)], check=True)
     done = look_up(tmp_path)
     assert (done.stdout.split(), done.stderr) == (["cpp"], "")
 
@@ -941,7 +942,7 @@ def test_a_user_without_a_home_builds_for_the_process(monkeypatch):
     def homeless():
         raise RuntimeError("Could not determine home directory.")
 
-    monkeypatch.setattr(cpp, "user_cache", homeless)
+    monkeypatch.setattr(building, "user_cache", homeless)
     assert cpp.library.__wrapped__().fill_rows
 
 

@@ -1,24 +1,11 @@
-"""Hash, probe and gather in one pass on a CPU: C++ that the machine's own compiler builds, once a user.
-
-The first call builds `lookup.cpp`, in about a second, into the user's cache folder. The compiler is what ``$CXX``
-names, else c++, g++ or clang++. Where there is none the lookups are plain torch, which gives the same.
-"""
+"""Hash, probe and gather in one pass on a CPU: `lookup.cpp`, which `recblocks.kernels.building` builds."""
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
-import hashlib
 import itertools
-import os
 import pathlib
-import platform
-import shlex
-import shutil
-import subprocess
-import sys
-import tempfile
 import warnings
 from array import array
 from collections.abc import Sequence
@@ -26,13 +13,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from recblocks._files import replacing, user_cache
+from recblocks.kernels import building
 from recblocks.kernels.fused_lookup.asked import ELEMENTS, Asked
 
 BLOCK = 64  # ids that `lookup.cpp` looks up at a time
-_SOURCE = pathlib.Path(__file__).with_name("lookup.cpp")
-_FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fPIC", "-shared")
-_LOADED_IN = os.getpid()
 
 
 class _Table(ctypes.Structure):
@@ -105,7 +89,7 @@ def is_available() -> bool:
 def _first_try() -> tuple[bool, list[str]]:
     """Whether there is a library, and what is to be said where a compiler made none."""
     try:
-        if compiler() is None:
+        if building.compiler() is None:
             return False, []
         library()
     except (OSError, RuntimeError) as error:
@@ -113,51 +97,24 @@ def _first_try() -> tuple[bool, list[str]]:
     return True, []
 
 
-def compiler() -> list[str] | None:
-    """The command that compiles C++, None where there is none."""
-    named = os.environ.get("CXX", "").strip()
-    if named:
-        try:
-            return shlex.split(named)
-        except ValueError as error:
-            raise RuntimeError(f"CXX must be a command, got {named!r}: {error}") from error
-    found = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
-    return None if found is None else [found]
-
-
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The functions of `lookup.cpp`: those that are kept, or else those that are built now, and kept.
-
-    Raises:
-        RuntimeError: there is no compiler, or it fails.
-        OSError: what it built cannot be loaded.
-    """
-    command = compiler()
-    if command is None:
-        raise RuntimeError(
-            "backend 'cpp' needs a C++ compiler: install g++ or clang++, or name one in the variable CXX"
-        )
-    made_from = (_SOURCE.read_bytes(), *map(str.encode, (*command, *_FLAGS, sys.platform, platform.machine())))
-    name = f"lookup-{hashlib.sha256(b' '.join(made_from)).hexdigest()[:16]}.so"
-    try:
-        return _load(user_cache() / name)
-    except (OSError, RuntimeError, AttributeError):  # it is not there, or of another machine, or there is no home
-        pass
-    with tempfile.TemporaryDirectory() as folder:
-        fresh = pathlib.Path(folder) / name
-        kept = _build(command, fresh) and _keep(fresh)
-        try:
-            return _load(fresh)
-        except OSError:
-            if not kept:
-                raise
-            return _load(user_cache() / name)  # where nothing in the folder for scratch files may be run
+    """The functions of `lookup.cpp`; errors are `building.library`'s."""
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    given = ctypes.POINTER(_Ids), ctypes.POINTER(_Table)
+    out_of = ctypes.POINTER(_Out), *given, ctypes.POINTER(_Weights)
+    functions = {
+        "fill_rows": (pointer, *given, number),
+        "lay": (ctypes.POINTER(_Apart), pointer, pointer, number),
+        "fill_vectors": (*out_of, pointer, number, number),
+        "fill_apart": (*map(ctypes.POINTER, (_Out, _Apart, _Table, _Weights)), number),
+    }
+    return building.library(pathlib.Path(__file__).with_name("lookup.cpp"), functions)
 
 
 def fill_rows(found: Tensor, asked: Asked, repeat: int) -> None:
     """What `lookup_rows` gives, into ``found``; all are contiguous."""
-    wrong = library().fill_rows(found.data_ptr(), *_given(asked, repeat), _num_threads())
+    wrong = library().fill_rows(found.data_ptr(), *_given(asked, repeat), building.num_threads())
     if wrong:
         raise _error(wrong, asked, None)
 
@@ -174,7 +131,7 @@ def fill_vectors(
     """What `lookup_vectors` gives, into ``out``; all are contiguous."""
     num_bags = 0 if offsets is None else offsets.numel() - 1
     where = _Out(out.data_ptr(), *out.shape), *_given(asked, repeat), _weights(weights, scales)
-    wrong = library().fill_vectors(*where, _pointer(offsets), num_bags, _num_threads())
+    wrong = library().fill_vectors(*where, _pointer(offsets), num_bags, building.num_threads())
     if wrong:
         raise _error(wrong, asked, offsets)
 
@@ -204,7 +161,7 @@ def fill_apart(
     where = array("q", map(Tensor.data_ptr, ids)), array("q", map(Tensor.numel, ids)), begins
     apart = _Apart(*(some.buffer_info()[0] for some in where), len(ids), out.shape[0])
     given = _Out(out.data_ptr(), *out.shape), apart, _table(asked), _weights(weights, scales)
-    return not library().fill_apart(*given, _num_threads())
+    return not library().fill_apart(*given, building.num_threads())
 
 
 def lay(ids: Sequence[Tensor], offsets: Sequence[Tensor] | None) -> tuple[Tensor, Tensor | None, Tensor | None] | None:
@@ -224,37 +181,10 @@ def lay(ids: Sequence[Tensor], offsets: Sequence[Tensor] | None) -> tuple[Tensor
     begins = None if offsets is None else torch.empty(len(ids) * num_rows + 1, dtype=torch.int64, device="cpu")
     where = array("q", map(Tensor.data_ptr, ids)), sizes, array("q", map(Tensor.data_ptr, offsets or ()))
     apart = _Apart(*(some.buffer_info()[0] or None for some in where), len(ids), num_rows)
-    wrong = library().lay(apart, every.data_ptr(), _pointer(begins), _num_threads())
+    wrong = library().lay(apart, every.data_ptr(), _pointer(begins), building.num_threads())
     if wrong:
         return None
     return every, begins, torch.frombuffer(sizes, dtype=torch.int64) if offsets is not None else None
-
-
-def _num_threads() -> int:
-    """As torch has it; one in a process that was forked, which has none of the threads that OpenMP counts on."""
-    return 1 if os.getpid() != _LOADED_IN else torch.get_num_threads()
-
-
-def _keep(path: pathlib.Path) -> bool:
-    """Whether it is in the user's cache folder now; where nothing can be kept, each process builds its own."""
-    with contextlib.suppress(OSError, RuntimeError):
-        user_cache().mkdir(parents=True, exist_ok=True)
-        with replacing(user_cache() / path.name) as scratch:
-            shutil.copyfile(path, scratch)
-        return True
-    return False
-
-
-def _load(path: pathlib.Path) -> ctypes.CDLL:
-    built = ctypes.CDLL(str(path))
-    pointer, number = ctypes.c_void_p, ctypes.c_int64
-    given = ctypes.POINTER(_Ids), ctypes.POINTER(_Table)
-    built.fill_rows.argtypes = [pointer, *given, number]
-    built.lay.argtypes = [ctypes.POINTER(_Apart), pointer, pointer, number]
-    out_of = ctypes.POINTER(_Out), *given, ctypes.POINTER(_Weights)
-    built.fill_vectors.argtypes = [*out_of, pointer, number, number]
-    built.fill_apart.argtypes = [*map(ctypes.POINTER, (_Out, _Apart, _Table, _Weights)), number]
-    return built
 
 
 def _given(asked: Asked, repeat: int) -> tuple[_Ids, _Table]:
@@ -287,20 +217,3 @@ def _error(wrong: int, asked: Asked, offsets: Tensor | None) -> Exception:
         return ValueError(f"offsets must ascend from 0 to the number of ids, got {some}, ...")
     what = "parts of the id table, weights, rows of these and columns of the output"
     return IndexError(f"places must name {what}, got {asked.places[:, :9].tolist()}")
-
-
-def _build(command: list[str], path: pathlib.Path) -> bool:
-    """Whether it is built with OpenMP, whose threads are torch's own where both are GNU's, or else without."""
-    for threads in (["-fopenmp"], []):
-        try:
-            done = subprocess.run(
-                [*command, *_FLAGS, *threads, str(_SOURCE), "-o", str(path)],
-                capture_output=True,
-                text=True,
-                errors="replace",
-            )
-        except OSError as error:
-            raise RuntimeError(f"{shlex.join(command)} cannot be run: {error}") from error
-        if done.returncode == 0:
-            return bool(threads)
-    raise RuntimeError(f"{shlex.join(command)} failed: {done.stderr.strip()[-500:]}")
