@@ -15,13 +15,15 @@ from torch.nn import Parameter
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _LARGEST = sys.float_info.max
+_MOST_SAID = 300  # characters of an argument in a message
 
 
 def describe(value: object) -> str:
     """Say in a few words what an argument was, for an error message."""
     if isinstance(value, Tensor):
         return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)}"
-    return f"{value!r} ({type(value).__name__})"
+    said = repr(value)
+    return f"{said if len(said) <= _MOST_SAID else said[:_MOST_SAID] + '...'} ({type(value).__name__})"
 
 
 def tensor(

@@ -110,3 +110,9 @@ def test_a_symbolic_number_is_checked_in_one_graph():
     compiled = torch.compile(scaled, backend="eager", fullgraph=True, dynamic=True)
     for rate in (0.5, 0.25):
         assert compiled(torch.ones(1), rate).item() == rate
+
+
+def test_a_message_does_not_repeat_a_million_numbers():
+    with pytest.raises(TypeError, match=r"^x must be a torch.Tensor, got \[0, 1, 2, .*\.\.\. \(list\)$") as error:
+        _checks.tensor("x", list(range(1_000_000)))
+    assert len(str(error.value)) < 400

@@ -1,10 +1,12 @@
 """The kernels of the fused lookup against plain torch: C++ on a CPU; Triton on a GPU, or else in its interpreter."""
 
+import gc
 import importlib.util
 import itertools
 import os
 import subprocess
 import sys
+import types
 from typing import Any, ClassVar, NamedTuple
 
 import pytest
@@ -18,6 +20,7 @@ from recblocks import EmbeddingTable, FusedEmbeddingLookup, IdFeature, ServingLo
 from recblocks._hashing import mix, unmix
 from recblocks.embedding._gather import lookup_rows
 from recblocks.kernels import building
+from recblocks.kernels.fused_lookup import apart as apart_module
 from recblocks.kernels.fused_lookup import cpp, dispatch
 
 DEVICES = {"cpp": "cpu", "triton": "cuda" if torch.cuda.is_available() else "cpu"}
@@ -684,6 +687,118 @@ def test_features_may_lie_in_memory_as_they_like(which):
     changed = {"ids": {"a": (ids, batch["a"][1])}, "offsets": {"a": (batch["a"][0], offsets)}, "single": {"b": single}}
     got = served(batch | changed[which]).pooled
     assert torch.equal(got, want)
+
+
+class _Pair(NamedTuple):
+    ids: torch.Tensor
+    offsets: torch.Tensor
+
+
+WRONG = {
+    "int32": lambda ids: ids.int(),
+    "float": lambda ids: ids.double(),
+    "bool": lambda ids: ids.bool(),
+    "complex": lambda ids: ids.to(torch.complex64),
+    "list": lambda ids: ids.tolist(),
+    "none": lambda ids: None,  # noqa: ARG005 (like the others)
+    "array": lambda ids: ids.numpy(),
+    "number": lambda ids: ids[0],
+    "fewer": lambda ids: ids[:-1],
+    "empty": lambda ids: ids[:0],
+    "cube": lambda ids: ids[:, None, None],
+    "meta": lambda ids: ids.to("meta"),
+    "sparse": lambda ids: ids.to_sparse(),
+}
+
+
+@needs_compiler
+@pytest.mark.parametrize("where", ["ids", "offsets", "single", "first"])
+@pytest.mark.parametrize("wrong", WRONG)
+def test_what_is_wrong_is_refused_where_features_lie_apart_as_elsewhere(where, wrong):
+    served, batch = apart(80)
+    name, spoil = "b" if where == "single" else "a" if where == "first" else "c", WRONG[wrong]
+    if where == "single":
+        batch[name] = spoil(batch[name])
+    else:
+        ids, offsets = batch[name]
+        batch[name] = (ids, spoil(offsets)) if where == "offsets" else (spoil(ids), offsets)
+    found = []
+    for backend in ("cpp", "reference"):
+        served.backend = backend
+        with pytest.raises((TypeError, ValueError, NotImplementedError, RuntimeError), match=r"\w") as error:
+            served(batch)
+        found.append((error.type, str(error.value)))
+    assert found[0] == found[1]
+    assert found[0][0] in (TypeError, ValueError) or wrong == "sparse"
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda ids, offsets: (ids,),  # noqa: ARG005
+        lambda ids, offsets: (ids, offsets, offsets),
+        lambda ids, offsets: [ids, offsets],
+        lambda ids, offsets: (ids, None),  # noqa: ARG005
+    ],
+)
+def test_what_is_no_pair_is_refused_where_features_lie_apart(other):
+    served, batch = apart(80)
+    with pytest.raises(TypeError, match=r"features\['c'\](\[1\])? must be a torch.Tensor"):
+        served(batch | {"c": other(*batch["c"])})
+
+
+@needs_compiler
+def test_whatever_else_a_feature_is_given_as_is_looked_up_too():
+    served, batch = apart(80)
+    want = served(batch).pooled
+    others = {
+        "c": _Pair(*batch["c"]),
+        "b": batch["b"].as_subclass(_Own),
+        "e": batch["e"][:, None],
+        "a": (batch["a"][0], torch.nn.Parameter(batch["a"][1], requires_grad=False)),
+    }
+    _Own.seen.clear()
+    for name, other in others.items():
+        assert torch.equal(served(batch | {name: other}).pooled, want)
+    assert _Own.seen
+    assert torch.equal(served(types.MappingProxyType(batch)).pooled, want)
+    assert torch.equal(served(dict(reversed(batch.items()))).pooled, want)
+
+
+@needs_compiler
+def test_a_torch_without_an_exchange_of_tensors_looks_up_too(monkeypatch):
+    served, batch = apart(80)
+    want = served(batch).pooled
+    laid, lay = [], cpp.lay
+    monkeypatch.setattr(cpp, "lay", lambda *given: laid.append(given) or lay(*given))
+    python = apart_module._python
+    monkeypatch.setattr(apart_module, "_python", python.__wrapped__)
+    assert torch.equal(served(batch).pooled, want)
+    assert not laid
+    with monkeypatch.context() as patch:
+        patch.setattr(apart_module, "_VERSION", 2)
+        assert python.__wrapped__() is None
+    monkeypatch.setattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+    torch.testing.assert_close(served(batch).pooled, want, rtol=0, atol=3e-7)  # like in the test above
+    assert laid
+
+
+@needs_compiler
+def test_looking_at_a_batch_keeps_nothing_of_it():
+    served, batch = apart(80)
+    held, num_calls = [torch.Tensor, tuple, *batch.values(), *batch["a"]], 50
+
+    def call():
+        for _ in range(num_calls):
+            served(batch)
+            with pytest.raises(ValueError, match=r"features that pool must have the same number of rows"):
+                served(batch | {"e": batch["e"][:70]})
+        gc.collect()
+        return [sys.getrefcount(one) for one in held]
+
+    # Whatever else runs may come to know the types; what each call kept would be as many as there are calls.
+    assert all(after < before + num_calls for before, after in zip(call(), call(), strict=True))
 
 
 @needs_compiler

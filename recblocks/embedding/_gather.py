@@ -11,9 +11,9 @@ from torch.nn import functional
 from recblocks._hashing import FIRST, GOLDEN, LOW_32, mix, signed
 from recblocks.embedding._buckets import Changes, Slots, find
 from recblocks.embedding._layout import Layout, Vectors
-from recblocks.embedding._packing import Group, Ids, PackedIds, Plain, groups_of, pack_seen, plain
+from recblocks.embedding._packing import Group, Ids, PackedIds, groups_of
 from recblocks.embedding.id_table import IdTable, TableFull
-from recblocks.kernels.fused_lookup import cpp, dispatch
+from recblocks.kernels.fused_lookup import dispatch
 from recblocks.kernels.fused_lookup.asked import Asked
 
 
@@ -89,15 +89,11 @@ def kernel_vectors(
 
     Weights, and scales if there are any, are by width.
     """
-    if isinstance(features, PackedIds):
-        groups = groups_of(layout, features, places.device, backend)
-    else:
-        seen = plain(layout, features, places.device)
-        if backend == "cpp" and seen is not None:
-            apart = _vectors_apart(seen, (places, *slots), weights, scales, layout)
-            if apart is not None:
-                return Vectors(apart, {})
-        groups = pack_seen(layout, features, seen, places.device, backend).groups
+    if backend == "cpp" and not layout.unpooled:
+        apart = _vectors_apart(features, (places, *slots), weights, scales, layout)
+        if apart is not None:
+            return Vectors(apart, {})
+    groups = groups_of(layout, features, places.device, backend)
     groups = sorted(groups, key=lambda group: layout.dim_of[group.names[0]])
 
     def look_up(those: Sequence[Group], num_columns: int, pooled: bool) -> Tensor:
@@ -141,21 +137,17 @@ def vectors_in_order(layout: Layout, groups: Sequence[Group], found: Sequence[Te
 
 
 def _vectors_apart(
-    given: Plain,
+    features: Mapping[str, Ids] | PackedIds,
     table: Sequence[Tensor],
     weights: Sequence[Tensor],
     scales: Sequence[Tensor],
     layout: Layout,
 ) -> Tensor | None:
-    """The vectors of features that are looked up as they lie; None where they cannot be.
-
-    Of few rows they are not: ids of one feature alone are then fewer than C++ looks up at a time.
-    """
-    few = given.num_rows < cpp.BLOCK
-    if layout.unpooled or few or not all(map(Tensor.is_contiguous, given.flat)):
+    """The vectors of features that are looked up as they lie; None where they cannot be."""
+    if not isinstance(features, Mapping) or features.keys() != layout.features.keys():
         return None
-    sizes = given.num_rows, layout.num_columns
-    return dispatch.vectors_apart(given.ids, given.offsets, table, weights, scales, *sizes)
+    given = [features[name] for name in layout.features]
+    return dispatch.vectors_apart(given, table, weights, scales, layout.num_columns)
 
 
 def _one_behind_the_other(groups: Sequence[Group]) -> tuple[Tensor, Tensor, Tensor | None]:

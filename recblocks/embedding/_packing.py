@@ -80,13 +80,7 @@ def groups_of(
 
 def pack(layout: Layout, features: Mapping[str, Ids], device: torch.device, backend: str | None) -> PackedIds:
     """Lay a batch side by side; ``backend`` is what `dispatch.resolve` says."""
-    return pack_seen(layout, features, plain(layout, features, device), device, backend)
-
-
-def pack_seen(
-    layout: Layout, features: Mapping[str, Ids], seen: Plain | None, device: torch.device, backend: str | None
-) -> PackedIds:
-    """The same of a batch that `plain` has looked at, and what it saw."""
+    seen = _plain(layout, features, device)
     groups = None if seen is None else _plain_groups(layout, seen, device, backend)
     if groups is None:
         _check(layout, features, device)
@@ -152,7 +146,7 @@ def _numbers(layout: Layout, of: Alike, device: torch.device) -> Tensor:
     return numbers if every else torch.cat([numbers[at] for at in of.numbers]).unsqueeze(1)
 
 
-class Plain(NamedTuple):
+class _Plain(NamedTuple):
     """Hundreds of features, ids or bags, that were seen at once to be right but for the numbers in offsets."""
 
     ids: list[Tensor]
@@ -160,11 +154,9 @@ class Plain(NamedTuple):
     """None of a feature that is not in bags."""
     flat: list[Tensor]
     """Ids of features that pool, and all offsets."""
-    num_rows: int
-    """Of the features that pool, all alike."""
 
 
-def plain(layout: Layout, features: Mapping[str, Ids], device: torch.device) -> Plain | None:
+def _plain(layout: Layout, features: Mapping[str, Ids], device: torch.device) -> _Plain | None:
     """The features in their order, where they are seen to be right at once; None: each must be looked at."""
     if torch.compiler.is_compiling() or not isinstance(features, Mapping):
         return None
@@ -186,12 +178,12 @@ def plain(layout: Layout, features: Mapping[str, Ids], device: torch.device) -> 
     num_rows |= {shape[0] - 1 for shape in set(map(_SHAPE, begins))}
     if len(num_rows) != 1 or min(num_rows) < 0 or any(offsets[at] is not None for at in layout.unpooled_at):
         return None
-    return Plain(ids, offsets, flat, *num_rows)
+    return _Plain(ids, offsets, flat)
 
 
-def _plain_groups(layout: Layout, given: Plain, device: torch.device, backend: str | None) -> tuple[Group, ...] | None:
+def _plain_groups(layout: Layout, given: _Plain, device: torch.device, backend: str | None) -> tuple[Group, ...] | None:
     """What is laid side by side at once; None: offsets are wrong, and each must be looked at."""
-    ids, offsets, flat, _ = given
+    ids, offsets, flat = given
     in_cpp = backend == "cpp" and device.type == "cpu" and not watched() and all(map(Tensor.is_contiguous, flat))
     single = [one is None for one in offsets]
     uniform = sum(single) in (len(layout.unpooled), len(layout.features))

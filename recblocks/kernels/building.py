@@ -44,11 +44,11 @@ def compiler() -> list[str] | None:
     return None if found is None else [found]
 
 
-def library(source: pathlib.Path, functions: Mapping[str, Sequence[Any]]) -> ctypes.CDLL:
-    """The functions of a file: those that are kept, or else those that are built now, and kept.
+def library(sources: Sequence[pathlib.Path], functions: Mapping[str, Sequence[Any]]) -> ctypes.CDLL:
+    """The functions of some files: those that are kept, or else those that are built now, and kept.
 
     Args:
-        source: of C++.
+        sources: of C++, which become one library with the name of the first.
         functions: the types of the arguments of each, as ctypes has them; all give an int.
 
     Raises:
@@ -60,15 +60,16 @@ def library(source: pathlib.Path, functions: Mapping[str, Sequence[Any]]) -> cty
         raise RuntimeError(
             "backend 'cpp' needs a C++ compiler: install g++ or clang++, or name one in the variable CXX"
         )
-    made_from = (source.read_bytes(), *map(str.encode, (*command, *_FLAGS, sys.platform, platform.machine())))
-    name = f"{source.stem}-{hashlib.sha256(b' '.join(made_from)).hexdigest()[:16]}.so"
+    texts = [source.read_bytes() for source in sources]
+    made_from = (*texts, *map(str.encode, (*command, *_FLAGS, sys.platform, platform.machine())))
+    name = f"{sources[0].stem}-{hashlib.sha256(b' '.join(made_from)).hexdigest()[:16]}.so"
     try:
         return _load(user_cache() / name, functions)
     except (OSError, RuntimeError, AttributeError):  # it is not there, or of another machine, or there is no home
         pass
     with tempfile.TemporaryDirectory() as folder:
         fresh = pathlib.Path(folder) / name
-        kept = _build(command, source, fresh) and _keep(fresh)
+        kept = _build(command, sources, fresh) and _keep(fresh)
         try:
             return _load(fresh, functions)
         except OSError:
@@ -99,12 +100,12 @@ def _load(path: pathlib.Path, functions: Mapping[str, Sequence[Any]]) -> ctypes.
     return built
 
 
-def _build(command: list[str], source: pathlib.Path, path: pathlib.Path) -> bool:
+def _build(command: list[str], sources: Sequence[pathlib.Path], path: pathlib.Path) -> bool:
     """Whether it is built with OpenMP, whose threads are torch's own where both are GNU's, or else without."""
     for threads in (["-fopenmp"], []):
         try:
             done = subprocess.run(
-                [*command, *_FLAGS, *threads, str(source), "-o", str(path)],
+                [*command, *_FLAGS, *threads, *map(str, sources), "-o", str(path)],
                 capture_output=True,
                 text=True,
                 errors="replace",

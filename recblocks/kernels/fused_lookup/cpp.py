@@ -9,11 +9,13 @@ import pathlib
 import warnings
 from array import array
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from recblocks.kernels import building
+from recblocks.kernels.fused_lookup.apart import Apart, Lying, look
 from recblocks.kernels.fused_lookup.asked import ELEMENTS, Asked
 
 BLOCK = 64  # ids that `lookup.cpp` looks up at a time
@@ -38,16 +40,6 @@ class _Ids(ctypes.Structure):
         ("num_ids", ctypes.c_int64),
         ("feature", ctypes.c_void_p),
         ("repeat", ctypes.c_int64),
-    )
-
-
-class _Apart(ctypes.Structure):
-    _fields_ = (
-        ("ids", ctypes.c_void_p),
-        ("sizes", ctypes.c_void_p),
-        ("offsets", ctypes.c_void_p),
-        ("num_features", ctypes.c_int64),
-        ("num_rows", ctypes.c_int64),
     )
 
 
@@ -99,17 +91,18 @@ def _first_try() -> tuple[bool, list[str]]:
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The functions of `lookup.cpp`; errors are `building.library`'s."""
+    """The functions of the C++ beside this file; errors are `building.library`'s."""
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     given = ctypes.POINTER(_Ids), ctypes.POINTER(_Table)
     out_of = ctypes.POINTER(_Out), *given, ctypes.POINTER(_Weights)
     functions = {
         "fill_rows": (pointer, *given, number),
-        "lay": (ctypes.POINTER(_Apart), pointer, pointer, number),
+        "lay": (ctypes.POINTER(Apart), pointer, pointer, number),
         "fill_vectors": (*out_of, pointer, number, number),
-        "fill_apart": (*map(ctypes.POINTER, (_Out, _Apart, _Table, _Weights)), number),
+        "fill_apart": (*map(ctypes.POINTER, (_Out, Apart, _Table, _Weights)), number),
     }
-    return building.library(pathlib.Path(__file__).with_name("lookup.cpp"), functions)
+    here = pathlib.Path(__file__)
+    return building.library([here.with_name("lookup.cpp"), here.with_name("apart.cpp")], functions)
 
 
 def fill_rows(found: Tensor, asked: Asked, repeat: int) -> None:
@@ -136,20 +129,20 @@ def fill_vectors(
         raise _error(wrong, asked, offsets)
 
 
-def fill_apart(
-    out: Tensor,
-    ids: Sequence[Tensor],
-    offsets: Sequence[Tensor | None],
-    asked: Asked,
-    weights: Sequence[Tensor],
-    scales: Sequence[Tensor],
-) -> bool:
-    """What `lookup_vectors` gives, into ``out``, of features that lie apart; all are contiguous.
+def look_at(features: list[Any]) -> Lying | None:
+    """Where these lie, ids or bags of each, if they are as they must be and of as many rows as are looked up at a time.
+
+    Of fewer rows those of one feature alone would be too few to hide each other's waits for memory.
+    """
+    return look(library(), features, BLOCK)
+
+
+def fill_apart(out: Tensor, features: Lying, asked: Asked, weights: Sequence[Tensor], scales: Sequence[Tensor]) -> bool:
+    """What `lookup_vectors` gives, into ``out``, of features that lie apart; all else is contiguous.
 
     Args:
         out: (B, columns).
-        ids: (B) int64 of each feature, in their order; (N) of one with bags.
-        offsets: (B + 1) of each with bags, where these begin and the last one ends; None of the others.
+        features: in their order.
         asked: places and id table.
         weights: of each width.
         scales: like `lookup_vectors`'.
@@ -157,10 +150,7 @@ def fill_apart(
     Returns:
         whether it was done, which it is not where anything is wrong: who looks at each feature says what.
     """
-    begins = array("q", [0 if one is None else one.data_ptr() for one in offsets])
-    where = array("q", map(Tensor.data_ptr, ids)), array("q", map(Tensor.numel, ids)), begins
-    apart = _Apart(*(some.buffer_info()[0] for some in where), len(ids), out.shape[0])
-    given = _Out(out.data_ptr(), *out.shape), apart, _table(asked), _weights(weights, scales)
+    given = _Out(out.data_ptr(), *out.shape), features.apart, _table(asked), _weights(weights, scales)
     return not library().fill_apart(*given, building.num_threads())
 
 
@@ -180,7 +170,7 @@ def lay(ids: Sequence[Tensor], offsets: Sequence[Tensor] | None) -> tuple[Tensor
     every = torch.empty(sum(sizes), dtype=torch.int64, device="cpu")
     begins = None if offsets is None else torch.empty(len(ids) * num_rows + 1, dtype=torch.int64, device="cpu")
     where = array("q", map(Tensor.data_ptr, ids)), sizes, array("q", map(Tensor.data_ptr, offsets or ()))
-    apart = _Apart(*(some.buffer_info()[0] or None for some in where), len(ids), num_rows)
+    apart = Apart(*(some.buffer_info()[0] or None for some in where), len(ids), num_rows)
     wrong = library().lay(apart, every.data_ptr(), _pointer(begins), building.num_threads())
     if wrong:
         return None

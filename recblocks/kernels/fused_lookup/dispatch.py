@@ -157,35 +157,34 @@ def vectors_of(
 
 
 def vectors_apart(
-    ids: Sequence[Tensor],
-    offsets: Sequence[Tensor | None],
+    features: list[Any],
     table: Sequence[Tensor],
     weights: Sequence[Tensor],
     scales: Sequence[Tensor],
-    num_rows: int,
     num_columns: int,
 ) -> Tensor | None:
     """What `lookup_vectors` gives, by C++, of features that all pool and lie apart, without laying them side by side.
 
     Args:
-        ids: (B) int64 of each feature, in their order; (N) of one with bags; contiguous, on a CPU.
-        offsets: (B + 1) of each with bags, contiguous, where these begin and the last one ends; None of the others.
+        features: in their order (B) int64 ids, or (N) of bags and the (B + 1) offsets at which these begin.
         table: what stands in `Asked` behind the ids and their features.
         weights: like `lookup_vectors`'.
         scales: likewise.
-        num_rows: of the output.
         num_columns: of the output.
 
     Returns:
-        None where torch has to see what is done, or anything is wrong.
+        None where torch has to see what is done, a few rows are not worth it, or anything is wrong with the features.
     """
     if watched() or _seen((*table, *weights, *scales)):
         return None
-    asked = Asked(ids[0], ids[0], *table)
+    lying = cpp.look_at(features)
+    if lying is None:
+        return None
+    asked = Asked(table[0], table[0], *table)
     _check_tensors(asked, weights, scales)
-    out = torch.empty((num_rows, num_columns), dtype=torch.float32, device="cpu")
+    out = torch.empty((lying.num_rows, num_columns), dtype=torch.float32, device="cpu")
     every = ([one.contiguous() for one in some] for some in (weights, scales))
-    return out if cpp.fill_apart(out, ids, offsets, asked.contiguous(), *every) else None
+    return out if cpp.fill_apart(out, lying, asked.contiguous(), *every) else None
 
 
 def _seen(given: Sequence[Tensor | None]) -> bool:
