@@ -202,13 +202,15 @@ class FusedEmbeddingLookup(nn.Module):
         """
         compiling = torch.compiler.is_compiling()
         with contextlib.nullcontext() if compiling else self.table.reading("a lookup"):
-            backend, slots = self._backend, self.table.slots
+            places, slots = self.places, self.table.slots
+            backend = dispatch.resolve(self.backend, places.device)
             # Of other dtypes torch rounds the sums of bags as it goes, and training must give what this gives.
-            if backend is not None and not torch.is_grad_enabled() and self._dtype == torch.float32:
-                weights = [self.weights[str(dim)] for dim in self.layout.dims]
-                return kernel_vectors(backend, features, slots, self.places, weights, [], self.layout)
-            groups = groups_of(self.layout, features, self.places.device, backend)
-            rows = rows_of(groups, slots, self.places, backend)
+            if backend is not None and not torch.is_grad_enabled():
+                weights = list(self.weights.values())
+                if weights[0].dtype == torch.float32:
+                    return kernel_vectors(backend, features, slots, places, weights, [], self.layout)
+            groups = groups_of(self.layout, features, places.device, backend)
+            rows = rows_of(groups, slots, places, backend)
             if self.gradient in _OPTIMIZERS:
                 return vectors_in_order(self.layout, groups, self._trained_vectors(groups, rows))
             found = [self._vectors(group, their) for group, their in zip(groups, rows, strict=True)]

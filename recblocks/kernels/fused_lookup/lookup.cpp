@@ -22,7 +22,6 @@ constexpr int64_t BLOCK = 64;        // ids at a time
 constexpr int64_t BAGS = 256;        // bags at a time, at most
 constexpr int64_t TURNS = 8;         // of a thread, at least: whoever is done early takes another's
 constexpr int64_t THREAD_IDS = 512;  // ids that are worth a thread
-constexpr int64_t SUMS = 32768;      // numbers in the sums of bags that are made at a time, at most
 constexpr int64_t AHEAD = 256;       // bytes of a row that are asked for; the CPU itself reads on from there
 constexpr int64_t LINE = 64;         // bytes of a line of the caches
 
@@ -213,10 +212,6 @@ struct Weight : Rows {
         each(row, [place](int64_t column, float value) { place[column] = value; });
         return place;
     }
-
-    void add(int64_t row, float* out) const {
-        each(row, [out](int64_t column, float value) { out[column] += value; });
-    }
 };
 
 // Where vectors are put: the first so many in a row each, then as many in other columns of the same rows, and so on.
@@ -305,53 +300,65 @@ struct Bags {
     int64_t num_bags;
 };
 
-// Bags first to last - 1; an id is added where it stands in the order of its bag.
+// Bags first to last - 1, one after the other, in the order of their ids.
 template <class Element>
 Wrong pool(const Task<Element>& task, const Bags& bags, int64_t first, int64_t last) {
     const Ids& given = task.given;
     const bool begins = first > 0 || bags.offsets[0] == 0;
     const bool ends = last < bags.num_bags || bags.offsets[last] == given.num_ids;
     if (!begins || !ends || bags.offsets[first] < 0) return OFFSETS;
-    int64_t of_bag[BAGS] = {}, sum_of[BAGS] = {}, size = 0;
+    int64_t of_bag[BAGS] = {};
     features_of(given, first, last - first, of_bag);
+    const Wrong wrong = by_feature(of_bag, last - first, [&](int64_t at, int64_t) { return task.check(of_bag[at]); });
+    if (wrong) return wrong;
     for (int64_t bag = first; bag < last; ++bag) {
         if (bags.offsets[bag + 1] < bags.offsets[bag] || bags.offsets[bag + 1] > given.num_ids) return OFFSETS;
-        const Wrong wrong = task.check(of_bag[bag - first]);
-        if (wrong) return wrong;
-        sum_of[bag - first] = size;
-        size += task.weight_of(of_bag[bag - first]).dim;
     }
-    std::vector<float> sums(size);
-    int64_t feature[BLOCK] = {}, row[BLOCK], bag = first;
-    float* sum[BLOCK];
+    const std::vector<float> zeros(task.widest);
+    std::vector<float> place(task.widest);
+    const float* sum = zeros.data();  // of what was seen of a bag: a vector where it lies, or else what is in the place
+    Walk walk(task.out.num_rows, first);
+    int64_t bag = first, bag_of_id = first;
+    const auto close = [&] {
+        const int64_t own = of_bag[bag - first], dim = task.weight_of(own).dim;
+        const int64_t num = bags.offsets[bag + 1] - bags.offsets[bag];
+        if (num > 1 && task.table.of(own, MEAN)) {
+            for (int64_t column = 0; column < dim; ++column) place[column] /= float(num);
+        }
+        task.out.put(sum, dim, walk.passed, task.table.of(own, COLUMN));
+        sum = zeros.data();
+        ++bag;
+        ++walk;
+    };
+    int64_t feature[BLOCK] = {}, row[BLOCK];
+    const bool all_alike = first / given.repeat == (last - 1) / given.repeat;
     const int64_t end = bags.offsets[last];
     for (int64_t begin = bags.offsets[first]; begin < end; begin += BLOCK) {
         const int64_t count = std::min(BLOCK, end - begin);
-        for (int64_t i = 0; i < count;) {  // an id, or the end of a bag, at a time: no jump that the CPU must guess
-            const bool over = begin + i >= bags.offsets[bag + 1];
-            feature[i] = of_bag[bag - first];
-            sum[i] = sums.data() + sum_of[bag - first];
-            bag += over;
+        if (all_alike) std::fill_n(feature, count, of_bag[0]);
+        for (int64_t i = 0; i < count && !all_alike;) {  // an id, or the end of a bag, at a time: no jump to be guessed
+            const bool over = begin + i >= bags.offsets[bag_of_id + 1];
+            feature[i] = of_bag[bag_of_id - first];
+            bag_of_id += over;
             i += !over;
         }
         const Wrong wrong = task.rows_of(given.ids + begin, feature, count, row);
         if (wrong) return wrong;
         by_feature(feature, count, [&](int64_t i, int64_t behind) {
             const Weight<Element> weight = task.weight_of(feature[i]);
-            for (; i < behind; ++i) weight.add(row[i], sum[i]);
+            for (; i < behind; ++i) {
+                while (bags.offsets[bag + 1] <= begin + i) close();
+                if (bags.offsets[bag] == begin + i) {
+                    sum = weight.vector(row[i], place.data());
+                } else {
+                    weight.each(row[i], [&](int64_t column, float value) { place[column] = sum[column] + value; });
+                    sum = place.data();
+                }
+            }
             return NOTHING;
         });
     }
-    Walk walk(task.out.num_rows, first);
-    for (bag = first; bag < last; ++bag, ++walk) {
-        const int64_t own = of_bag[bag - first], dim = task.weight_of(own).dim;
-        float* at = sums.data() + sum_of[bag - first];
-        if (task.table.of(own, MEAN)) {
-            const float num = float(std::max<int64_t>(bags.offsets[bag + 1] - bags.offsets[bag], 1));
-            for (int64_t column = 0; column < dim; ++column) at[column] /= num;
-        }
-        task.out.put(at, dim, walk.passed, task.table.of(own, COLUMN));
-    }
+    while (bag < last) close();
     task.out.finish();
     return NOTHING;
 }
@@ -372,9 +379,8 @@ int fill(const Task<Element>& task, const Bags& bags, int64_t num_threads) {
     if (!bags.offsets) {
         return in_steps(num_ids, BLOCK, num_ids, num_threads, [&](int64_t begin) { return one_each(task, begin); });
     }
-    const int64_t most = std::max<int64_t>(std::min(BAGS, SUMS / std::max<int64_t>(task.widest, 1)), 1);
     const int64_t turns = num_threads > 1 ? TURNS * num_threads : 1;
-    const int64_t step = std::min(most, 1 + bags.num_bags / turns);
+    const int64_t step = std::min(BAGS, 1 + bags.num_bags / turns);
     return in_steps(bags.num_bags, step, num_ids, num_threads, [&](int64_t first) {
         return pool(task, bags, first, std::min(first + step, bags.num_bags));
     });
