@@ -1,4 +1,5 @@
 import copy
+import functools
 import itertools
 
 import hypothesis
@@ -7,7 +8,9 @@ import numpy as np
 import oracles
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
+from recblocks.features import time as time_module
 from recblocks.features.time import (
     PINNERFORMER_PERIODS,
     LogPeriodicTimeEncoder,
@@ -16,12 +19,26 @@ from recblocks.features.time import (
     log_spaced_periods,
     time_since_latest,
 )
+from recblocks.kernels import building
+from recblocks.kernels.time_waves import cpp
+from recblocks.kernels.time_waves.dispatch import encode_times
 
 RELATIVE_PERIODS = log_spaced_periods(32, shortest=1, longest=28 * 86400)
 PERIODS = PINNERFORMER_PERIODS + RELATIVE_PERIODS
 UNITS = {"s": 1, "ms": 1000}
 # The issue's bar. _encode derives 1e-6 for the waves; log1p is rounded once, by half of float32's 1.9e-6 at 21.
 TOLERANCE = 2e-6
+
+
+@pytest.fixture(scope="module", params=["cpp", "torch"], autouse=True)
+def backend(request):
+    """Every test runs in C++ and in plain torch."""
+    if request.param == "cpp" and building.compiler() is None:
+        pytest.skip("needs a C++ compiler")
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "torch":
+            patch.setattr(time_module, "runs_on", lambda *_: False)
+        yield request.param
 
 
 def expected(times, periods, phase, unit):
@@ -141,14 +158,122 @@ def test_the_phase_has_the_right_gradient():
 
 # torch warns of its own deprecated function while inductor loads.
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dtype", [torch.int64, torch.float64])
-def test_compiled_features_drop_the_whole_turns_just_as_exactly(backend, dtype):
+def test_compiled_features_drop_the_whole_turns_just_as_exactly(compiler, dtype):
     t = torch.tensor([1_700_000_000_123, 1_699_999_999_999, 0, -1], dtype=dtype)
-    compiled = torch.compile(log_periodic_features, backend=backend, fullgraph=True)
+    compiled = torch.compile(log_periodic_features, backend=compiler, fullgraph=True)
     got = compiled(t, periods=PERIODS, unit="ms")
     want = expected(t.tolist(), PERIODS, [0.0] * 88, "ms")
     torch.testing.assert_close(got.double(), want, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("shape", [(1,), (7, 73), (512,), (513,), (2, 3, 97)])
+@pytest.mark.parametrize("num_periods", [1, 2, 7, 33])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float64])
+def test_any_number_of_times_and_periods_in_memory_as_it_likes(shape, num_periods, dtype, monkeypatch):
+    generator = torch.Generator().manual_seed(num_periods)
+    t = torch.randint(-(10**9), 1_800_000_000, (*shape, 2), generator=generator).to(dtype)[..., 0]
+    t = t + torch.rand(shape, generator=generator).to(dtype)  # of float64 a part
+    phase = torch.randn(2 * num_periods, generator=generator)
+    periods = [3600.0 / (1 + at) for at in range(num_periods)]
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *args, **how: empty(*args, **how).fill_(float("nan")))
+    found = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        try:
+            found.append(log_periodic_features(t.mT if t.ndim == 2 else t, periods=periods, phase=phase))
+        finally:
+            torch.set_num_threads(1)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+    got = found[0]
+    times = (t.mT if t.ndim == 2 else t).flatten().tolist()
+    want = expected(times, periods, phase.tolist(), "s").view(got.shape)
+    torch.testing.assert_close(got.double(), want, rtol=0, atol=TOLERANCE)
+
+
+def test_a_time_s_features_do_not_depend_on_those_beside_it():
+    t = torch.randint(1_700_000_000_000, (1000,), generator=torch.Generator().manual_seed(0))
+    whole = log_periodic_features(t, periods=PERIODS, unit="ms")
+    for at in (0, 1, 511, 512, 998):
+        assert torch.equal(log_periodic_features(t[at : at + 2], periods=PERIODS, unit="ms"), whole[at : at + 2])
+
+
+@pytest.mark.parametrize("size", [(), (3,), (0,), (5, 257)])
+def test_the_phase_has_the_gradient_of_float64_and_its_gradient(size):
+    generator = torch.Generator().manual_seed(1)
+    t = torch.randint(1_700_000_000, size, generator=generator)
+    phase = torch.randn(6, generator=generator)
+    weights = torch.randn(*size, 7, generator=generator)
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        own = phase.to(dtype).requires_grad_()
+        features = log_periodic_features(t, periods=[60.0, 900.0, 7.5], phase=own)
+        (first,) = torch.autograd.grad((features * weights).sum(), own, create_graph=True)
+        (second,) = torch.autograd.grad(first.square().sum(), own)
+        found.append((first, second))
+    # Each of n waves is within 1e-6, and a float32 sum of n rounds by at most n 2**-24 of what it sums: below 2e-6 n of
+    # the largest weight, 4.2, together. The second is twice the first, below 4.2 n, times as much again.
+    num = max(t.numel(), 1)
+    torch.testing.assert_close(found[0][0].double(), found[1][0], rtol=0, atol=8.4e-6 * num)
+    torch.testing.assert_close(found[0][1].double(), found[1][1], rtol=0, atol=4 * 4.2 * num * 8.4e-6 * num)
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -float("inf")])
+def test_a_phase_that_is_no_number_is_seen_in_its_own_wave(wrong):
+    got = log_periodic_features(torch.arange(5), periods=[60.0, 900.0], phase=torch.tensor([0.0, 1.0, wrong, 2.0]))
+    assert got[:, 2].isnan().all()
+    assert got[:, [0, 1, 3, 4]].isfinite().all()
+
+
+@pytest.mark.parametrize("phase", [-1e6, -6.2831855, -1e-9, 6.2831855, 1e4, 3e38])
+def test_a_phase_of_many_turns(phase, backend):
+    got = log_periodic_features(torch.tensor([12, 59]), periods=[60.0], phase=torch.tensor([phase, phase]))
+    exact = torch.tensor(phase, dtype=torch.float32).item()
+    if backend == "cpp" and abs(phase) < 1e7:  # plain torch adds it in float32; beyond, float64 too rounds its turns
+        want = expected([12, 59], [60.0], [exact, exact], "s")
+        torch.testing.assert_close(got.double(), want, rtol=0, atol=TOLERANCE)
+    assert (got[:, :2].abs() <= 1 + TOLERANCE).all()
+
+
+def test_a_time_s_own_gradient_is_that_of_its_logarithm():
+    t = torch.tensor([5.0, 70.0], dtype=torch.float64, requires_grad=True)
+    log_periodic_features(t, periods=[60.0])[:, -1].sum().backward()
+    torch.testing.assert_close(t.grad, 1 / (1 + t.detach()), rtol=1e-6, atol=0)
+
+
+def test_inside_transforms_and_modes():
+    t, phase = torch.arange(12).view(3, 4), torch.randn(4)
+    want = log_periodic_features(t, periods=[60.0, 900.0], phase=phase)
+    one = functools.partial(log_periodic_features, periods=[60.0, 900.0])
+    got = torch.func.vmap(lambda row: one(row, phase=phase))(t)
+    torch.testing.assert_close(got, want, rtol=0, atol=TOLERANCE)
+    slope = torch.func.grad(lambda own: one(t, phase=own).sum())(phase)
+    own = phase.clone().requires_grad_()
+    one(t, phase=own).sum().backward()
+    torch.testing.assert_close(slope, own.grad, rtol=0, atol=12 * TOLERANCE)
+    with FakeTensorMode() as mode:
+        assert one(mode.from_tensor(t), phase=mode.from_tensor(phase)).shape == (3, 4, 5)
+    assert one(t.to("meta"), phase=phase.to("meta")).shape == (3, 4, 5)
+
+
+def test_the_operator_is_one_of_torch(backend):
+    if backend == "torch":
+        pytest.skip("is C++")
+    frequencies = torch.tensor(time_module._fixed_point_frequencies([60.0, 7.5], "s"))
+    for t in (torch.arange(6).view(2, 3), torch.rand(5, dtype=torch.float64)):
+        for phase in (None, torch.randn(4), torch.randn(4, requires_grad=True)):
+            torch.library.opcheck(encode_times, (t, frequencies, phase, 1, 0))
+
+
+def test_without_a_compiler_it_is_plain_torch(monkeypatch):
+    monkeypatch.setattr(building, "compiler", lambda: None)
+    monkeypatch.setattr(cpp, "library", functools.cache(cpp.library.__wrapped__))
+    t = torch.randint(1_700_000_000, (9,))
+    got = log_periodic_features(t, periods=PERIODS)
+    torch.testing.assert_close(got.double(), expected(t.tolist(), PERIODS, [0.0] * 88, "s"), rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("unit", ["s", "ms"])

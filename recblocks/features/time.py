@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from recblocks import _checks
+from recblocks.kernels.time_waves.dispatch import encode_times, log_seconds, runs_on, whole_and_part
 
 Periods = Sequence[float] | Tensor | npt.NDArray[np.floating[Any]]
 
@@ -85,7 +86,8 @@ def log_periodic_features(t: Tensor, *, periods: Periods, phase: Tensor | None =
     Source: PinnerFormer, section A.1.
 
     Note:
-        The paper takes ``log(t)``, which a difference of 0 does not have; we take ``log1p``.
+        The paper takes ``log(t)``, which a difference of 0 does not have; we take ``log1p``. On a CPU that has a
+        compiler of C++ the waves are made in one pass, and elsewhere in plain torch, both within the bound.
     """
     _checks.choice("unit", unit, _UNITS_PER_SECOND)
     _checks.tensor("t", t, dtype=(torch.int64, torch.float64))
@@ -200,30 +202,34 @@ def _fixed_point_frequencies(periods: Periods, unit: str) -> list[list[int]]:
 
 
 def _encode(t: Tensor, frequencies: Tensor, phase: Tensor | None, unit: str) -> Tensor:
+    if t.is_floating_point() and _checks.readable(t) and not bool((t.abs() < 2.0**63).all()):
+        raise ValueError(f"t must be finite and within int64, got {_checks.describe(t)} with one that is not")
+    if phase is not None:
+        _checks.floating("phase", phase, 2 * frequencies.shape[1])
+    if runs_on(t, frequencies, phase):
+        phase = None if phase is None else phase.to(torch.float32)
+        features: Tensor = encode_times(t, frequencies, phase, _UNITS_PER_SECOND[unit], 0)
+        return features
+    return _encode_in_torch(t, frequencies, phase, unit)
+
+
+def _encode_in_torch(t: Tensor, frequencies: Tensor, phase: Tensor | None, unit: str) -> Tensor:
     # An int64 product wraps modulo 2**64, which is one turn: the whole turns fall away and the rest is exact. The
     # frequency is off by half a 2**-64 at most: at 1.7e12 that is 4.6e-8 of a turn, an error of 2.9e-7. Float32 then
     # rounds turns, 2π, their product (up to 1.9e-7 each, an angle of π) and the wave (1.2e-7): 1e-6 together.
-    if t.is_floating_point():
-        if _checks.readable(t) and not bool((t.abs() < 2.0**63).all()):
-            raise ValueError(f"t must be finite and within int64, got {_checks.describe(t)} with one that is not")
-        whole = t.floor()
-        part = ((t - whole) * 2.0**32).to(torch.int64)
-        turns = whole.to(torch.int64)[..., None] * frequencies[0] + part[..., None] * frequencies[1]
-    else:
-        turns = t[..., None] * frequencies[0]
+    whole, part = whole_and_part(t)
+    turns = whole[..., None] * frequencies[0]
+    if part is not None:
+        turns = turns + part[..., None] * frequencies[1]
 
     dtype = torch.float32 if phase is None else torch.promote_types(phase.dtype, torch.float32)
     angle = turns.to(dtype) * (2 * math.pi / 2**64)
     cos_angle, sin_angle = angle, angle
     if phase is not None:
-        _checks.floating("phase", phase, 2 * frequencies.shape[1])
         cos_phase, sin_phase = phase.to(dtype).view(-1, 2).unbind(1)
         cos_angle, sin_angle = angle + cos_phase, angle + sin_phase
     waves = torch.stack([cos_angle.cos(), sin_angle.sin()], dim=-1).flatten(-2)
-
-    # In float64: at 1.7e9 s float32 would round log1p's argument and its value.
-    seconds = t.clamp(min=0).to(torch.float64) / _UNITS_PER_SECOND[unit]
-    return torch.cat([waves, seconds.log1p()[..., None].to(dtype)], dim=-1)
+    return torch.cat([waves, log_seconds(t, _UNITS_PER_SECOND[unit])[..., None].to(dtype)], dim=-1)
 
 
 def time_since_latest(time: Tensor, valid: Tensor | None = None, *, offsets: Tensor | None = None) -> Tensor:

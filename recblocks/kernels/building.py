@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import hashlib
 import os
 import pathlib
@@ -17,7 +18,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -42,6 +44,31 @@ def compiler() -> list[str] | None:
             raise RuntimeError(f"CXX must be a command, got {named!r}: {error}") from error
     found = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
     return None if found is None else [found]
+
+
+def is_available(load: Callable[[], ctypes.CDLL], what: str) -> bool:
+    """Whether a library is built, or can be and is now; a compiler that fails is warned of, once.
+
+    Args:
+        load: gives the library.
+        what: becomes of what is given, for the warning.
+    """
+    built, unsaid = _first_try(load)
+    if unsaid:
+        warnings.warn(f"{what} in plain torch, as {unsaid.pop()}", RuntimeWarning, stacklevel=3)
+    return built
+
+
+@functools.cache
+def _first_try(load: Callable[[], ctypes.CDLL]) -> tuple[bool, list[str]]:
+    """Whether there is a library, and what is to be said where a compiler made none."""
+    try:
+        if compiler() is None:
+            return False, []
+        load()
+    except (OSError, RuntimeError) as error:
+        return False, [str(error)]
+    return True, []
 
 
 def library(sources: Sequence[pathlib.Path], functions: Mapping[str, Sequence[Any]]) -> ctypes.CDLL:

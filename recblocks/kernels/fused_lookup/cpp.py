@@ -6,7 +6,6 @@ import ctypes
 import functools
 import itertools
 import pathlib
-import warnings
 from array import array
 from collections.abc import Sequence
 from typing import Any
@@ -71,22 +70,7 @@ class _Out(ctypes.Structure):
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def is_available() -> bool:
     """Whether it is built, or can be and is now; a compiler that fails is warned of, once."""
-    built, unsaid = _first_try()
-    if unsaid:
-        warnings.warn(f"ids are looked up in plain torch, as {unsaid.pop()}", RuntimeWarning, stacklevel=2)
-    return built
-
-
-@functools.cache
-def _first_try() -> tuple[bool, list[str]]:
-    """Whether there is a library, and what is to be said where a compiler made none."""
-    try:
-        if building.compiler() is None:
-            return False, []
-        library()
-    except (OSError, RuntimeError) as error:
-        return False, [str(error)]
-    return True, []
+    return building.is_available(library, "ids are looked up")
 
 
 @functools.cache
