@@ -55,7 +55,7 @@ class Row(NamedTuple):
     spread: tuple[float, float] | None
     """The lower and upper quartile."""
     extra_bytes: int | None
-    """The most that a call holds at once, outputs and gradients among them."""
+    """The most that a call holds at once beside what it gives back."""
     of_floor: float | None
     """The time that the work takes at least, of the time that it took."""
 
@@ -119,21 +119,26 @@ def show(one: Comparison, rows: Sequence[Row]) -> None:
         print(f"  missed: {line}")
 
 
-def extra_bytes(call: Callable[[], object], device: torch.device) -> int:
-    """The most that torch's allocator holds at once during a call, beside what it held before."""
+def extra_bytes(call: Callable[[], Sequence[Tensor]], device: torch.device) -> int:
+    """The most that torch holds at once during a call, beside what it held before and what is given back."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        call()
-        return torch.cuda.max_memory_allocated(device) - before
+        given = call()
+        return torch.cuda.max_memory_allocated(device) - before - _num_bytes(given)
     call()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        call()
+        given = call()
     results: Any = profile.profiler
     changes = [event for event in results.kineto_results.events() if event.name() == "[memory]"]
     held = itertools.accumulate(event.nbytes() for event in sorted(changes, key=lambda event: event.start_ns()))
-    return max(held, default=0)
+    return max(held, default=0) - _num_bytes(given)
+
+
+def _num_bytes(given: Sequence[Tensor]) -> int:
+    """Of memory, which views share."""
+    return sum({one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in given}.values())
 
 
 def _error(got: Sequence[Tensor], want: Sequence[Tensor]) -> float:

@@ -26,7 +26,7 @@ ALLOWED = 200 * torch.finfo(torch.float32).eps
 Batch: TypeAlias = dict[str, Tensor]
 
 
-def batch(num_queries: int, num_pairs: int, seed: int, device: torch.device) -> Batch:
+def batch(num_queries: int, num_pairs: int, seed: int, device: torch.device, num_columns: int = NUM_COLUMNS) -> Batch:
     """About 6 rows a user, items by a power law (so that the pool holds duplicates), unit embeddings."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -35,16 +35,16 @@ def batch(num_queries: int, num_pairs: int, seed: int, device: torch.device) -> 
 
     pair_queries = torch.arange(num_pairs) % num_queries
     row_users = torch.randint(num_queries // 6 + 1, (num_queries,), generator=generator) * 7919 - 10**12
-    items = (torch.rand(num_pairs + NUM_COLUMNS, generator=generator) ** 3 * 10**5).long() * 104729 - 10**15
-    log_q = torch.rand(num_pairs + NUM_COLUMNS, generator=generator).log() - 9
+    items = (torch.rand(num_pairs + num_columns, generator=generator) ** 3 * 10**5).long() * 104729 - 10**15
+    log_q = torch.rand(num_pairs + num_columns, generator=generator).log() - 9
     drawn = {
         "queries": unit(num_queries),
         "positives": unit(num_pairs),
-        "negatives": unit(NUM_COLUMNS),
+        "negatives": unit(num_columns),
         "log_q_positives": log_q[:num_pairs],
         "log_q_negatives": log_q[num_pairs:],
         "row_users": row_users,
-        "column_items": torch.cat([items[: NUM_COLUMNS // 3], items[num_pairs:]])[:NUM_COLUMNS],
+        "column_items": torch.cat([items[: num_columns // 3], items[num_pairs:]])[:num_columns],
         "positive_users": row_users[pair_queries],
         "positive_items": items[:num_pairs],
         "pair_queries": pair_queries,
@@ -54,7 +54,12 @@ def batch(num_queries: int, num_pairs: int, seed: int, device: torch.device) -> 
 
 
 def loss_of(
-    data: Batch, leaves: list[Tensor], temperature: Tensor, backend: str, row_a_positive: bool = False
+    data: Batch,
+    leaves: list[Tensor],
+    temperature: Tensor,
+    backend: str,
+    row_a_positive: bool = False,
+    reduction: str = "mean",
 ) -> Tensor:
     queries, row_users = leaves[0], data["row_users"]
     pair_queries: Tensor | None = data["pair_queries"]
@@ -72,6 +77,7 @@ def loss_of(
         temperature=temperature,
         weights=data["weights"],
         pair_queries=pair_queries,
+        reduction=reduction,
         backend=backend,
     )
 
