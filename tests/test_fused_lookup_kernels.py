@@ -802,6 +802,108 @@ def test_looking_at_a_batch_keeps_nothing_of_it():
 
 
 @needs_compiler
+@pytest.mark.parametrize("begin", [100, 256])
+@pytest.mark.parametrize("number", [10**10, -(10**10)])
+def test_offsets_that_are_none_somewhere_among_many_bags_are_refused(begin, number):
+    served, batch = apart(600)
+    offsets = batch["a"][1].clone()
+    offsets[begin:300] = number
+    for look_up in (served, lambda given: served(served.pack(given))):
+        with pytest.raises(ValueError, match=r"features\['a'\]\[1\] must"):
+            look_up(batch | {"a": (batch["a"][0], offsets)})
+    packed = served.pack(batch)
+    group = next(group for group in packed.groups if "a" in group.names)
+    spoiled = group.offsets.clone()
+    spoiled[begin:300] = number
+    groups = [one._replace(offsets=spoiled) if one is group else one for one in packed.groups]
+    with pytest.raises(ValueError, match="offsets must ascend from 0 to the number of ids"):
+        served(packed._replace(groups=tuple(groups)))
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", ["a", "b", "e"])
+def test_features_of_fewer_rows_than_others_are_refused(name):
+    served, batch = apart(80)
+    batch[name] = torch.arange(70)
+    with pytest.raises(ValueError, match=r"features that pool must have the same number of rows, got"):
+        served(batch)
+
+
+@needs_compiler
+def test_a_feature_that_is_unknown_is_refused_where_features_lie_apart():
+    served, batch = apart(80)
+    with pytest.raises(ValueError, match=r"got none of \[\] and unknown \['z'\]"):
+        served(batch | {"z": torch.arange(80)})
+
+
+@needs_compiler
+def test_tensors_without_memory_are_looked_up_as_torch_does():
+    served, batch = apart(80)
+    nothing = torch._efficientzerotensor(81, dtype=torch.int64)
+    empty = torch.empty(0, dtype=torch.int64)
+    for given in ({"b": nothing[:80]}, {"c": (empty, nothing)}):
+        found = []
+        for served.backend in ("cpp", "reference"):
+            found.append(served(batch | given).pooled)
+        torch.testing.assert_close(found[0], found[1], rtol=0, atol=3e-7)  # like in the test above
+    served.backend = "cpp"
+    with pytest.raises(ValueError, match=r"features\['c'\]\[1\] must"):
+        served(batch | {"c": (batch["c"][0], nothing)})
+
+
+@needs_compiler
+def test_weights_are_those_of_their_widths_in_whatever_order_they_stand():
+    features = {name: IdFeature(name) for name in "ab"}
+    lookup = FusedEmbeddingLookup({"a": EmbeddingTable(9, 8), "b": EmbeddingTable(9, 4)}, features)
+    batch = dict.fromkeys("ab", torch.arange(70))
+    lookup.insert(dict.fromkeys("ab", torch.arange(9)))
+    lookup.weights["8"] = lookup.weights.pop("8")
+    with torch.no_grad():
+        for some in (batch, {name: ids[:10] for name, ids in batch.items()}):
+            found = []
+            for lookup.backend in ("cpp", "reference"):
+                found.append(lookup(some).pooled)
+            assert torch.equal(*found)
+
+
+@needs_compiler
+def test_what_a_lookup_is_made_of_is_looked_at_where_features_lie_apart():
+    features = {"a": IdFeature("t"), "b": IdFeature("t", pooling=None), "c": IdFeature("t")}
+    lookup = FusedEmbeddingLookup({"t": EmbeddingTable(9, 4)}, features)
+    batch = dict.fromkeys("abc", torch.arange(80))
+    served = ServingLookup(lookup, dtype=torch.float32, backend="cpp")
+    vectors = served(batch)
+    assert (vectors.pooled.shape, vectors.unpooled["b"].shape) == ((80, 8), (80, 4))
+    served, batch = apart(80)
+    want = served(batch).pooled
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(served(batch).pooled, want)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    served.weight_16.requires_grad_()
+    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+        served(batch).pooled.sum().backward()
+    served.weight_16 = served.weight_16.detach().double()
+    with pytest.raises(TypeError, match="weights must be float32 or float16 or bfloat16 or int8"):
+        served(batch)
+
+
+@needs_compiler
+def test_a_mapping_is_asked_for_each_feature_once():
+    served, batch = apart(80)
+    asked = []
+
+    class Lazy(dict):
+        def __getitem__(self, name):
+            asked.append(name)
+            return super().__getitem__(name)
+
+    served(Lazy(batch))
+    assert sorted(asked) == sorted(APART)
+
+
+@needs_compiler
 def test_whoever_looks_sees_features_that_lie_apart_looked_up_by_the_operator():
     served, batch = apart(80)
     want = served(batch).pooled

@@ -144,7 +144,9 @@ def _vectors_apart(
     layout: Layout,
 ) -> Tensor | None:
     """The vectors of features that are looked up as they lie; None where they cannot be."""
-    if not isinstance(features, Mapping) or features.keys() != layout.features.keys():
+    if (
+        type(features) is not dict or features.keys() != layout.features.keys()
+    ):  # others may give anything, or only once
         return None
     given = [features[name] for name in layout.features]
     return dispatch.vectors_apart(given, table, weights, scales, layout.num_columns)

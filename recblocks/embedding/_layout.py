@@ -118,9 +118,8 @@ class Layout:
         return found
 
     def num_rows(self, capacities: Sequence[int]) -> dict[int, int]:
-        """How many rows the weights of each width have, ascending by these."""
-        ends = {one.dim: one.end for one in self.ranges(capacities)}
-        return {dim: ends[dim] for dim in self.dims}
+        """How many rows the weights of each width have."""
+        return {one.dim: one.end for one in self.ranges(capacities)}
 
     def places(self, capacities: Sequence[int]) -> list[list[int]]:
         """What is needed of each feature, (7, F), a row each.

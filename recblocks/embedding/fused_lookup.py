@@ -206,7 +206,7 @@ class FusedEmbeddingLookup(nn.Module):
             backend = dispatch.resolve(self.backend, places.device)
             # Of other dtypes torch rounds the sums of bags as it goes, and training must give what this gives.
             if backend is not None and not torch.is_grad_enabled():
-                weights = list(self.weights.values())
+                weights = [self.weights[str(dim)] for dim in self.layout.dims]
                 if weights[0].dtype == torch.float32:
                     return kernel_vectors(backend, features, slots, places, weights, [], self.layout)
             groups = groups_of(self.layout, features, places.device, backend)

@@ -46,12 +46,12 @@ struct Numbers {
     int64_t size = 0;
 };
 
-// Whether it is a tensor, no subclass, of int64 one behind the other on a CPU.
-bool look_at(const Python& python, void* object, Numbers* found) {
+// Whether it is a tensor, no subclass, of int64 one behind the other in the memory of a CPU.
+bool numbers_of(const Python& python, void* object, Numbers* found) {
     Tensor tensor;
     if (!python.is_a(object, python.tensor) || python.tell(object, &tensor)) return false;
     if (tensor.device_type != CPU || tensor.kind != SIGNED || tensor.bits != 64 || tensor.num_dims != 1) return false;
-    if (tensor.strides && tensor.strides[0] != 1) return false;
+    if ((tensor.strides && tensor.strides[0] != 1) || (tensor.shape[0] && !tensor.data)) return false;
     found->begin = reinterpret_cast<const int64_t*>(static_cast<const char*>(tensor.data) + tensor.byte_offset);
     found->size = tensor.shape[0];
     return true;
@@ -69,8 +69,8 @@ extern "C" int64_t look(const Python* python, void* features, int64_t num_featur
         const bool in_bags = python->is_a(given, python->tuple);
         if (in_bags && python->tuple_size(given) != 2) return -1;
         Numbers own, begins;
-        if (!look_at(*python, in_bags ? python->tuple_item(given, 0) : given, &own)) return -1;
-        if (in_bags && !look_at(*python, python->tuple_item(given, 1), &begins)) return -1;
+        if (!numbers_of(*python, in_bags ? python->tuple_item(given, 0) : given, &own)) return -1;
+        if (in_bags && !numbers_of(*python, python->tuple_item(given, 1), &begins)) return -1;
         const int64_t rows = in_bags ? begins.size - 1 : own.size;
         if (rows < least_rows || (at > 0 && rows != num_rows)) return -1;
         num_rows = rows;

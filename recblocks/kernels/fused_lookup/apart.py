@@ -47,11 +47,15 @@ class _Exchange(ctypes.Structure):
     )
 
 
+_NUMBER, _POINTER = ctypes.c_int64, ctypes.c_void_p
+LOOK = ctypes.POINTER(_Python), ctypes.py_object, _NUMBER, _NUMBER, _POINTER, _POINTER, _POINTER
+"""The arguments of the function that looks."""
+
+
 class Lying(NamedTuple):
     """Features of as many rows each, ids or bags of them, which are as they must be but for the numbers in offsets."""
 
     apart: Apart
-    num_rows: int
     memory: tuple[Any, ...]
     """What ``apart`` points into."""
 
@@ -60,7 +64,8 @@ def look(library: ctypes.CDLL, features: list[Any], least_rows: int) -> Lying | 
     """Look at (B,) int64 ids, or pairs of (N,) ids and (B + 1,) offsets, of each feature.
 
     Returns:
-        None where one is anything else, not in one piece on a CPU, rows differ, or there are fewer than these.
+        None where one is anything else, not in one piece on a CPU, rows differ, there are fewer than these, or torch
+        has no such exchange.
     """
     python = _python()
     if python is None:
@@ -73,15 +78,13 @@ def look(library: ctypes.CDLL, features: list[Any], least_rows: int) -> Lying | 
         num_rows = call(python, features, num, least_rows, *where)
     except Exception:  # of a tensor without memory: whoever looks at each says so
         return None
-    return None if num_rows < 0 else Lying(Apart(*where, num, num_rows), num_rows, (features, ids, sizes, offsets))
+    return None if num_rows < 0 else Lying(Apart(*where, num, num_rows), (features, ids, sizes, offsets))
 
 
 @functools.cache
 def _with_lock(library: ctypes.CDLL) -> Callable[..., int]:
     """The function that looks, which calls Python's and so must hold its lock."""
-    pointer, number = ctypes.c_void_p, ctypes.c_int64
-    types = ctypes.POINTER(_Python), ctypes.py_object, number, number, pointer, pointer, pointer
-    return ctypes.PYFUNCTYPE(number, *types)(("look", library))
+    return ctypes.PYFUNCTYPE(ctypes.c_int64, *LOOK)(("look", library))
 
 
 @functools.cache

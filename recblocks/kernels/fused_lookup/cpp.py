@@ -8,13 +8,12 @@ import itertools
 import pathlib
 from array import array
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from recblocks.kernels import building
-from recblocks.kernels.fused_lookup.apart import Apart, Lying, look
+from recblocks.kernels.fused_lookup.apart import LOOK, Apart, Lying
 from recblocks.kernels.fused_lookup.asked import ELEMENTS, Asked
 
 BLOCK = 64  # ids that `lookup.cpp` looks up at a time
@@ -83,6 +82,7 @@ def library() -> ctypes.CDLL:
         "fill_rows": (pointer, *given, number),
         "lay": (ctypes.POINTER(Apart), pointer, pointer, number),
         "fill_vectors": (*out_of, pointer, number, number),
+        "look": LOOK,
         "fill_apart": (*map(ctypes.POINTER, (_Out, Apart, _Table, _Weights)), number),
     }
     here = pathlib.Path(__file__)
@@ -111,14 +111,6 @@ def fill_vectors(
     wrong = library().fill_vectors(*where, _pointer(offsets), num_bags, building.num_threads())
     if wrong:
         raise _error(wrong, asked, offsets)
-
-
-def look_at(features: list[Any]) -> Lying | None:
-    """Where these lie, ids or bags of each, if they are as they must be and of as many rows as are looked up at a time.
-
-    Of fewer rows those of one feature alone would be too few to hide each other's waits for memory.
-    """
-    return look(library(), features, BLOCK)
 
 
 def fill_apart(out: Tensor, features: Lying, asked: Asked, weights: Sequence[Tensor], scales: Sequence[Tensor]) -> bool:

@@ -15,6 +15,7 @@ from torch.nn import Parameter
 from recblocks import _checks
 from recblocks.kernels.dispatch import transformed, watched
 from recblocks.kernels.fused_lookup import cpp
+from recblocks.kernels.fused_lookup.apart import look
 from recblocks.kernels.fused_lookup.asked import ELEMENTS, Asked
 
 BACKENDS = ("auto", "reference", "cpp", "triton")
@@ -177,12 +178,13 @@ def vectors_apart(
     """
     if watched() or _seen((*table, *weights, *scales)):
         return None
-    lying = cpp.look_at(features)
+    # Of fewer rows the ids of one feature alone are too few to hide each other's waits for memory.
+    lying = look(cpp.library(), features, cpp.BLOCK)
     if lying is None:
         return None
     asked = Asked(table[0], table[0], *table)
     _check_tensors(asked, weights, scales)
-    out = torch.empty((lying.num_rows, num_columns), dtype=torch.float32, device="cpu")
+    out = torch.empty((lying.apart.num_rows, num_columns), dtype=torch.float32, device="cpu")
     every = ([one.contiguous() for one in some] for some in (weights, scales))
     return out if cpp.fill_apart(out, lying, asked.contiguous(), *every) else None
 

@@ -425,6 +425,7 @@ extern "C" int lay(const Apart* apart, int64_t* ids, int64_t* offsets, int64_t n
     if (apart->offsets) offsets[apart->num_features * apart->num_rows] = begins.back();
     return in_steps(apart->num_features, 1, begins.back(), num_threads, [&](int64_t at) {
         const int64_t size = apart->sizes[at], rows = apart->num_rows, begin = begins[at];
+        if ((size && !apart->ids[at]) || (apart->offsets && !apart->offsets[at])) return OFFSETS;
         std::copy_n(apart->ids[at], size, ids + begin);
         if (!apart->offsets) return NOTHING;
         return move_offsets(apart->offsets[at], rows, size, begin, offsets + at * rows) ? NOTHING : OFFSETS;
