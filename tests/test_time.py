@@ -9,6 +9,7 @@ import oracles
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
+from torch.autograd import forward_ad
 
 from recblocks.features import time as time_module
 from recblocks.features.time import (
@@ -242,6 +243,19 @@ def test_a_time_s_own_gradient_is_that_of_its_logarithm():
     t = torch.tensor([5.0, 70.0], dtype=torch.float64, requires_grad=True)
     log_periodic_features(t, periods=[60.0])[:, -1].sum().backward()
     torch.testing.assert_close(t.grad, 1 / (1 + t.detach()), rtol=1e-6, atol=0)
+
+
+# torch warns of its own deprecated function while it loads what forward mode needs.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+def test_forward_mode_gives_the_gradients_of_backward():
+    t, phase, ahead = torch.arange(12).view(3, 4), torch.randn(4), torch.randn(4)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(phase, ahead)
+        got = forward_ad.unpack_dual(log_periodic_features(t, periods=[60.0, 900.0], phase=dual)).tangent
+    want = torch.autograd.functional.jacobian(
+        lambda own: log_periodic_features(t, periods=[60.0, 900.0], phase=own), phase
+    )
+    torch.testing.assert_close(got, want @ ahead, rtol=0, atol=4 * 4 * TOLERANCE)  # four terms, of numbers below 4
 
 
 def test_inside_transforms_and_modes():

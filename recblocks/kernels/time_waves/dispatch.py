@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from recblocks.kernels.dispatch import watched
 from recblocks.kernels.time_waves import cpp
@@ -14,9 +15,13 @@ from recblocks.kernels.time_waves import cpp
 def runs_on(t: Tensor, frequencies: Tensor, phase: Tensor | None) -> bool:
     """Whether `encode_times` takes them: in float32 on a CPU, where there is a compiler of C++.
 
-    What compiles, exports, traces or transforms sees plain torch, and so does what asks for a time's gradient.
+    What compiles, exports, traces or transforms sees plain torch, and so does what asks for a time's gradient, or for
+    any in forward mode.
     """
-    if any(one is not None and one.device.type != "cpu" for one in (t, frequencies, phase)) or watched():
+    given = [one for one in (t, frequencies, phase) if one is not None]
+    if any(one.device.type != "cpu" for one in given) or watched():
+        return False
+    if any(forward_ad.unpack_dual(one).tangent is not None for one in given):  # type: ignore[no-untyped-call]
         return False
     in_float32 = phase is None or phase.dtype != torch.float64
     return in_float32 and not t.requires_grad and cpp.is_available()
