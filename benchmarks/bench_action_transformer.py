@@ -1,7 +1,7 @@
 """One user's candidates beside the user's part done once, against a row for every candidate; evaluation, no gradient.
 
-Every form sees the same users in turn, each with another number of actions. The rows are also timed in chunks as small
-as the shared form's, so that what sharing gains can be told from what the cache gains.
+Every form sees the same users in turn, who have acted in every slot, or in fewer and fewer of them. The rows are also
+timed in chunks as small as the shared form's, so that what sharing gains can be told from what the cache gains.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ CHUNK = 26  # what encode_candidates takes at a time at 100 slots and one head
 User: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def users(device: torch.device) -> list[User]:
-    """Item, action type and valid of one user, and the candidates."""
+def users(device: torch.device, *, fewer: int) -> list[User]:
+    """Item, action type and valid of one user, each with so many fewer actions than the one before; the candidates."""
     generator = torch.Generator().manual_seed(0)
     return [
         (
             torch.randn(1, SLOTS, ITEM_DIM, generator=generator).to(device),
             torch.randint(NUM_TYPES, (1, SLOTS), generator=generator).to(device),
-            (torch.arange(SLOTS)[None] < SLOTS - 20 * number).to(device),
+            (torch.arange(SLOTS)[None] < SLOTS - fewer * number).to(device),
             torch.randn(NUM_CANDIDATES, ITEM_DIM, generator=generator).to(device),
         )
         for number in range(NUM_USERS)
@@ -67,13 +67,14 @@ def comparisons(device: torch.device) -> Iterator[Comparison]:
     model = ActionTransformer(item_dim=ITEM_DIM, num_action_types=NUM_TYPES, type_dim=TYPE_DIM).eval().to(device)
     wide = copy.deepcopy(model).double()
     forms = {"the user once": shared, "a row a candidate": rows, "rows in chunks": rows_in_chunks}
-    yield Comparison(
-        op="one user's candidates, TransAct",
-        sizes={"candidates": NUM_CANDIDATES, "slots": SLOTS, "width": model.out_dim},
-        dtype="float32",
-        batches=users(device),
-        exact=functools.partial(exact, wide),
-        forms={name: functools.partial(form, model) for name, form in forms.items()},
-        allowed=1e-5,
-        bars={"a row a candidate": 1.4},
-    )
+    for fewer, filled in ((0, "every slot filled"), (20, "100, 80, 60, 40 slots filled")):
+        yield Comparison(
+            op=f"one user's candidates, TransAct, {filled}",
+            sizes={"candidates": NUM_CANDIDATES, "slots": SLOTS, "width": model.out_dim},
+            dtype="float32",
+            batches=users(device, fewer=fewer),
+            exact=functools.partial(exact, wide),
+            forms={name: functools.partial(form, model) for name, form in forms.items()},
+            allowed=1e-5,
+            bars={"a row a candidate": 1.4},
+        )

@@ -3,6 +3,7 @@ import hypothesis.strategies as st
 import oracles
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional
 
 from recblocks.sequence.action_transformer import ActionTransformer
@@ -224,11 +225,14 @@ def test_a_row_with_nothing_valid_is_zeros_with_zero_gradient(fusion):
     assert all((grad == 0).all() for grad in grads)
 
 
-def test_candidates_of_a_user_without_actions_are_zeros_with_zero_gradient():
+@pytest.mark.parametrize("others", [0, 1])
+def test_candidates_of_a_user_without_actions_are_zeros_with_zero_gradient(others):
     module = transformer()
-    given, leaves = differentiable(arguments(module, torch.zeros(1, SLOTS, dtype=torch.bool)))
-    candidates = given.pop("candidate")
-    out = module.encode_candidates(module.encode_user(**given), candidates)
+    valid = torch.zeros(1 + others, SLOTS, dtype=torch.bool)
+    valid[1:] = True
+    given, leaves = differentiable(arguments(module, valid))
+    candidates = given.pop("candidate")[:, None]
+    out = module.encode_candidates(module.encode_user(**given), candidates)[0]
     assert (out == 0).all()
     assert all((grad == 0).all() for grad in torch.autograd.grad(out.sum(), [*leaves, *module.parameters()]))
 
@@ -313,6 +317,37 @@ def test_many_candidates_of_a_user_equal_a_row_each(
     one = {name: None if value is None else value[:1] for name, value in given.items()}
     got = module.encode_candidates(module.encode_user(**one), candidates[0])
     torch.testing.assert_close(got, want[0], **EXACT)
+
+
+@pytest.mark.parametrize("user_dim", [None, USER])
+def test_slots_that_no_user_has_cost_nothing(user_dim):
+    module = transformer(user_dim=user_dim)
+    valid = torch.tensor([[True, False, False, True, False], [False, False, False, True, False]])
+    own = 0 if user_dim is None else 1
+    for rows, wanted, has_holes in (
+        (valid, [0, 3], True),
+        (valid[:1], [0, 3], False),
+        (~valid[:1] & valid[1:], [], False),
+    ):
+        given = arguments(module, rows)
+        del given["candidate"]
+        encoded = module.encode_user(**given)
+        assert encoded.slots.tolist() == wanted
+        assert encoded.residual.shape[1] == encoded.values.shape[1] == len(wanted) + own
+        assert (encoded.keys is not None) == has_holes
+
+
+def test_what_is_traced_for_one_user_holds_for_another():
+    module = transformer(num_action_types=None)
+    candidates = torch.randn(1, 3, ITEM, dtype=torch.float64)
+
+    def encode(item, valid):
+        return module.encode_candidates(module.encode_user(item, valid=valid), candidates)
+
+    item = torch.randn(1, 3, ITEM, dtype=torch.float64)
+    one, other = torch.tensor([[True, False, True]]), torch.tensor([[False, True, False]])
+    traced = make_fx(encode)(item, one)
+    torch.testing.assert_close(traced(item, other), encode(item, other), **EXACT)
 
 
 def test_many_candidates_of_a_user_in_float32_have_the_same_gradients():

@@ -42,11 +42,15 @@ class PostNormLayer(nn.Module):
         nn.init.zeros_(self.qkv.bias)
         nn.init.zeros_(self.attention_out.bias)
 
-    def forward(self, x: Tensor, keys: Tensor) -> Tensor:
-        """Tokens (B, L, dim) and (B, L) bool which of them are attended to, at least one a row unless L is 0."""
+    def forward(self, x: Tensor, keys: Tensor | None) -> Tensor:
+        """Tokens (B, L, dim) and (B, L) bool which of them are attended to, at least one a row unless L is 0.
+
+        Without keys all are.
+        """
         q, k, v = self.heads(x)
         p = self.dropout if self.training else 0.0
-        attended = functional.scaled_dot_product_attention(q, k, v, attn_mask=keys[:, None, None], dropout_p=p)
+        mask = None if keys is None else keys[:, None, None]
+        attended = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p)
         attended = self.attention_out(attended.transpose(1, 2).flatten(2))
         return self.feed_forward(self.attention_norm(x + self._drop(attended)))
 

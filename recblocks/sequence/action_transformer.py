@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from recblocks import _checks
+from recblocks.kernels.dispatch import watched
 from recblocks.sequence._post_norm_layer import PostNormLayer
 from recblocks.sequence.fusion import fuse_append, fuse_concat
 
@@ -20,12 +21,16 @@ _CACHED_SCORES = 2**18
 class EncodedUser(NamedTuple):
     """What `ActionTransformer.encode_user` finds once for all candidates of a user; L tokens, d = ``out_dim``.
 
+    The tokens are the user's own, if there is one, and the slots of the actions; on a CPU those alone that some user
+    attends to, so that what is hidden from all of them costs nothing.
+
     Attributes:
         residual: (B, L, d) the user's part of each token, before layer 1's norm.
         scores: (B, H, L, L) the user's part of layer 1's attention scores of each head; −inf for a key to leave out.
         candidate_keys: (B, H, L, item_dim) what a candidate is multiplied with for its part of the scores of each key.
         values: (B, H L, d) the user's part of layer 1's values, through the output projection.
-        keys: (B, L) bool, which tokens are attended to.
+        keys: (B, L) bool, which tokens are attended to; None: all of them.
+        slots: (L,) or, behind a user's token, (L − 1,) int64, which slot each of the other tokens is.
         valid: (B, S) bool, as given: which of the outputs are real.
     """
 
@@ -33,7 +38,8 @@ class EncodedUser(NamedTuple):
     scores: Tensor
     candidate_keys: Tensor
     values: Tensor
-    keys: Tensor
+    keys: Tensor | None
+    slots: Tensor
     valid: Tensor
 
 
@@ -243,17 +249,23 @@ class ActionTransformer(nn.Module):
             raise ValueError(f"encode_user needs eval() or dropout = 0, got dropout = {layer.dropout} in training")
         actions, seen = self._actions(item, action_type, valid, user)
         t = self._add_positions(functional.pad(actions, (0, self.item_dim)), valid, action_time, request_time)
-        keys = _keys(seen)
+        slots, is_full = _slots_of_any(valid)
+        first = t.shape[1] - valid.shape[1]  # 1 with a user's token
+        tokens = functional.pad(slots + first, (first, 0))
+        t = t[:, tokens]
+        keys = None if is_full else _keys(seen[:, tokens])
         q, k, v = layer.heads(t)  # (B, H, L, d / H)
         scale = layer.head_dim**-0.5
         query_weight, _, _ = layer.qkv.weight[:, -self.item_dim :].view(3, layer.num_heads, layer.head_dim, -1)
         out_weight = layer.attention_out.weight.view(self.out_dim, layer.num_heads, layer.head_dim)
+        scores = q @ k.transpose(2, 3) * scale
         return EncodedUser(
             residual=t + layer.attention_out.bias,
-            scores=(q @ k.transpose(2, 3) * scale).masked_fill(~keys[:, None, None], -torch.inf),
+            scores=scores if keys is None else scores.masked_fill(~keys[:, None, None], -torch.inf),
             candidate_keys=k @ query_weight * scale,
             values=(v @ out_weight.permute(1, 2, 0)).flatten(1, 2),
             keys=keys,
+            slots=slots,
             valid=valid,
         )
 
@@ -281,10 +293,17 @@ class ActionTransformer(nn.Module):
         step = max(candidates.shape[1], 1)
         if candidates.device.type == "cpu":
             step = max(_CACHED_SCORES // max(encoded.scores.numel(), 1), 1)
-        chunks = [self._encode_some(encoded, some) for some in torch.split(candidates, step, dim=1)]
-        return torch.cat(chunks, dim=1)
+        some = torch.split(candidates, step, dim=1)
+        x = torch.cat([self._encode_some(encoded, each) for each in some], dim=1)
+        if encoded.keys is not None:
+            x = x.masked_fill(~encoded.valid[:, None, encoded.slots, None], 0)
+        num_slots = encoded.valid.shape[1]
+        if len(encoded.slots) < num_slots:
+            x = x.new_zeros(*x.shape[:2], num_slots, self.out_dim).index_copy_(2, encoded.slots, x)
+        return x
 
     def _encode_some(self, encoded: EncodedUser, candidates: Tensor) -> Tensor:
+        """(B, n, L, out_dim), without the user's token."""
         first = self._first_layer()
         rows, num, _ = candidates.shape
         tokens = encoded.residual.shape[1]
@@ -295,14 +314,14 @@ class ActionTransformer(nn.Module):
         value_weight = first.qkv.weight[-self.out_dim :, -self.item_dim :]
         own = functional.pad(candidates, (self.out_dim - self.item_dim, 0))
         own = own + candidates @ value_weight.T @ first.attention_out.weight.T
-        x = attended.view(rows, num, tokens, self.out_dim) + encoded.residual[:, None] + own[:, :, None]
+        x = (attended.view(rows, num, tokens, self.out_dim) + encoded.residual[:, None]).add_(own[:, :, None])
         x = first.feed_forward(first.attention_norm(x)).flatten(0, 1)
 
-        keys = encoded.keys.repeat_interleave(num, dim=0)
+        keys = None if encoded.keys is None else encoded.keys.repeat_interleave(num, dim=0)
         for layer in list(self.layers)[1:]:
             x = layer(x, keys)
-        x = x.view(rows, num, tokens, self.out_dim)[:, :, tokens - encoded.valid.shape[1] :]
-        return self._output(x, encoded.valid[:, None])
+        x = x.view(rows, num, tokens, self.out_dim)[:, :, tokens - len(encoded.slots) :]
+        return x.to(first.qkv.weight.dtype)
 
     def _actions(
         self, item: Tensor, action_type: Tensor | None, valid: Tensor, user: Tensor | None
@@ -387,6 +406,14 @@ class ActionTransformer(nn.Module):
 def _keys(seen: Tensor) -> Tensor:
     """What is attended to: what is there, and in a row without anything all of it, so that no share is NaN."""
     return seen | ~seen.any(1, keepdim=True)
+
+
+def _slots_of_any(valid: Tensor) -> tuple[Tensor, bool]:
+    """The slots that are valid in some row, and whether each row has them all; unread, all slots and False."""
+    if watched() or not _checks.readable(valid):
+        return torch.arange(valid.shape[1], device=valid.device), False
+    slots = torch.nonzero(valid.any(0)).squeeze(1)
+    return slots, bool(valid[:, slots].all())
 
 
 def _given(name: str, value: object, reason: str, *, wanted: bool) -> None:
