@@ -1,3 +1,5 @@
+import warnings
+
 import hypothesis
 import hypothesis.strategies as st
 import oracles
@@ -143,6 +145,39 @@ def test_packed_and_padded_give_the_same_numbers_and_gradients(lengths, spare):
     for our, their in zip(ours, theirs, strict=True):
         # Sums over up to 24 slots, of numbers up to 100.
         torch.testing.assert_close(our, their, rtol=1e-10, atol=1e-10)
+
+
+@hypothesis.given(lengths=st.lists(st.integers(0, 100), min_size=1, max_size=12).map(torch.tensor))
+@hypothesis.example(lengths=torch.tensor([1] * 10 + [17, 100]))
+def test_attention_pads_a_packed_sequence_by_an_eighth_of_the_longest_at_most(lengths):
+    module = encoder(num_layers=1, max_len=120)
+    valid = torch.arange(100) < lengths[:, None]
+    x = actions(len(lengths), 100)
+    want = module(x, valid)[valid]
+    seen, attention = [], torch.nn.functional.scaled_dot_product_attention
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            torch.nn.functional,
+            "scaled_dot_product_attention",
+            lambda q, *args, **more: seen.append(q.shape[0] * q.shape[2]) or attention(q, *args, **more),
+        )
+        flat, offsets = pack(x, valid)
+        got = module(flat, offsets=offsets)
+    torch.testing.assert_close(got, want, **EXACT)
+    if len(flat):
+        assert sum(seen) <= len(flat) + (lengths > 0).sum() * (-(-lengths.max() // 8) - 1)
+
+
+def test_what_is_traced_takes_packed_sequences_of_other_lengths_too():
+    module, x = encoder().requires_grad_(False), actions(7)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch would have its old tracer be used no more
+        traced = torch.jit.trace(
+            lambda x, offsets: module(x, offsets=offsets), (x, torch.tensor([0, 6, 7])), check_trace=False
+        )
+        for offsets in ([0, 2, 7], [0, 4, 7], [0, 1, 7]):
+            got = traced(x, torch.tensor(offsets))
+            torch.testing.assert_close(got, module(x, offsets=torch.tensor(offsets)), **EXACT)
 
 
 @pytest.mark.parametrize("max_length", [1, 2, 3])

@@ -298,7 +298,7 @@ class ActionTransformer(nn.Module):
         if encoded.keys is not None:
             x = x.masked_fill(~encoded.valid[:, None, encoded.slots, None], 0)
         num_slots = encoded.valid.shape[1]
-        if len(encoded.slots) < num_slots:
+        if encoded.slots.shape[0] < num_slots:
             x = x.new_zeros(*x.shape[:2], num_slots, self.out_dim).index_copy_(2, encoded.slots, x)
         return x
 
@@ -320,7 +320,7 @@ class ActionTransformer(nn.Module):
         keys = None if encoded.keys is None else encoded.keys.repeat_interleave(num, dim=0)
         for layer in list(self.layers)[1:]:
             x = layer(x, keys)
-        x = x.view(rows, num, tokens, self.out_dim)[:, :, tokens - len(encoded.slots) :]
+        x = x.view(rows, num, tokens, self.out_dim)[:, :, tokens - encoded.slots.shape[0] :]
         return x.to(first.qkv.weight.dtype)
 
     def _actions(

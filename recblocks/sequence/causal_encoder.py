@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from recblocks import _checks
+from recblocks.kernels.dispatch import watched
+
+# Of packed sequences; with more of them attention spends less on padding, and more calls.
+_MAX_GROUPS = 8
 
 
 class CausalSequenceEncoder(nn.Module):
@@ -16,7 +23,8 @@ class CausalSequenceEncoder(nn.Module):
     ``e = y / |y|`` where ``y = W2 GELU(W1 LN(V) + b1) + b2``. Every W1 widens fourfold. Slot i attends to the valid
     slots j ≥ i: itself and what is older. PE is learned, a row a slot. Slot 0, the most recent, is the user's one.
 
-    Padded (B, M) and packed (T,) sequences give the same numbers; packed, only attention spends work on padding.
+    Padded (B, M) and packed (T,) sequences give the same numbers. Packed, only attention spends work on padding: on a
+    CPU, where lengths are read, up to the longest of about as long sequences, elsewhere up to ``max_length``.
 
     Args:
         in_dim: width of an encoded action.
@@ -106,8 +114,8 @@ class CausalSequenceEncoder(nn.Module):
             valid: (B, M) bool, True = a real action; holes may be anywhere. None: as ``lengths`` says, or all are.
             lengths: (B,) int64, how many of a row's first slots are real; instead of ``valid``.
             offsets: (B+1,) int64 where each packed sequence starts, ending with T.
-            max_length: at least the longest packed sequence, at most max_len, which None stands for; attention
-                takes this many slots a row. Where that is not checked (compiled, or on a GPU), a longer sequence gets
+            max_length: at least the longest packed sequence, at most max_len, which None stands for. Where lengths are
+                not read (compiled, or on a GPU), attention takes this many slots a row, and a longer sequence gets
                 wrong embeddings, and no other one does.
 
         Returns:
@@ -152,23 +160,34 @@ class CausalSequenceEncoder(nn.Module):
         if _checks.readable(lengths) and bool((lengths > max_length).any()):
             raise ValueError(f"offsets must hold no sequence over {max_length}, got one of {int(lengths.max())}")
 
-        # A row's oldest action goes to the first of its max_length places, so that the rest of them lie behind it. The
-        # clamp keeps a sequence over max_length, where none of the checks could look, out of the next row's places.
-        rows = lengths.shape[0]
-        row = torch.arange(rows, device=x.device).repeat_interleave(lengths, output_size=x.shape[0])
-        index = torch.arange(x.shape[0], device=x.device)
-        slot = index - offsets[row]
-        place = row * max_length + (offsets[row + 1] - 1 - index).clamp(max=max_length - 1)
-
+        row = torch.arange(lengths.shape[0], device=x.device).repeat_interleave(lengths, output_size=x.shape[0])
+        slot = torch.arange(x.shape[0], device=x.device) - offsets[row]
+        groups = _of_like_length(lengths, row, slot, max_length)
+        order = None
+        if len(groups) > 1:
+            order = torch.cat([group.tokens for group in groups])
+            x, slot = x.index_select(0, order), slot[order]
         h = self.project(x.to(self.project.weight.dtype)) + functional.embedding(slot, self.position)
         for block in self.blocks:
-            h = block(h, place, rows, max_length)
-        return self._embed(h)
+            h = block(h, groups)
+        e = self._embed(h)
+        return e if order is None else torch.zeros_like(e).index_copy(0, order, e)
 
     def _embed(self, h: Tensor) -> Tensor:
         y = self.out(functional.gelu(self.out_hidden(self.out_norm(h))))
         dtype = self.out.weight.dtype
         return functional.normalize(y.to(torch.promote_types(dtype, torch.float32)), dim=-1).to(dtype)
+
+
+class _Group(NamedTuple):
+    """Packed sequences whose attention is done as one."""
+
+    tokens: Tensor
+    """(t,) which tokens are theirs, ascending."""
+    place: Tensor
+    """(t,) where each of them goes among rows × slots."""
+    rows: int
+    slots: int
 
 
 class _Block(nn.Module):
@@ -198,16 +217,22 @@ class _Block(nn.Module):
         for layer in self.children():
             layer.reset_parameters()  # type: ignore[operator]
 
-    def forward(self, v: Tensor, place: Tensor | None = None, rows: int = 0, slots: int = 0) -> Tensor:
-        """Padded (B, M, H); or packed (T, H) with each token's place among rows × slots."""
+    def forward(self, v: Tensor, groups: Sequence[_Group] | None = None) -> Tensor:
+        """Padded (B, M, H); or packed (T, H), group after group."""
         qkv = self.qkv(self.attention_norm(v))
-        if place is None:
+        if groups is None:
             attended = self._attend(qkv)
         else:
-            padded = qkv.new_zeros(rows * slots, qkv.shape[-1]).index_copy(0, place, qkv)
-            attended = self._attend(padded.view(rows, slots, qkv.shape[-1])).flatten(0, 1)[place]
+            parts = qkv.split([group.tokens.shape[0] for group in groups])
+            attended = torch.cat([self._attend_packed(*each) for each in zip(parts, groups, strict=True)])
         u = v + self._drop(self.attention_out(attended))
         return u + self._drop(self.ffn_out(functional.gelu(self.ffn_hidden(self.ffn_norm(u)))))
+
+    def _attend_packed(self, qkv: Tensor, group: _Group) -> Tensor:
+        padded = qkv.new_zeros(group.rows * group.slots, qkv.shape[-1]).index_copy(0, group.place, qkv)
+        return (
+            self._attend(padded.view(group.rows, group.slots, qkv.shape[-1])).flatten(0, 1).index_select(0, group.place)
+        )
 
     def _attend(self, qkv: Tensor) -> Tensor:
         # Padding stands behind the last valid token, so the causal rule alone hides it and no mask is needed.
@@ -219,6 +244,27 @@ class _Block(nn.Module):
 
     def _drop(self, x: Tensor) -> Tensor:
         return functional.dropout(x, self.dropout, self.training)
+
+
+def _of_like_length(lengths: Tensor, row: Tensor, slot: Tensor, max_length: int) -> list[_Group]:
+    """Groups of about as long sequences, padded to their longest; where lengths cannot be read one, to max_length.
+
+    A row's oldest token goes to the first of its places, so that the rest of them lie behind it.
+    """
+    behind = lengths[row] - 1 - slot
+    if watched() or not _checks.readable(lengths) or row.shape[0] == 0:
+        # The clamp keeps a sequence over max_length, where no check could look, out of the next row's places.
+        place = row * max_length + behind.clamp(max=max_length - 1)
+        return [_Group(torch.arange(row.shape[0], device=row.device), place, lengths.shape[0], max_length)]
+    step = -(-int(lengths.max()) // _MAX_GROUPS)
+    kind = (lengths + step - 1) // step
+    groups = []
+    for one in torch.unique(kind):
+        mine = kind == one
+        tokens = torch.nonzero(mine[row]).squeeze(1)
+        rows, slots = int(mine.sum()), int(lengths[mine].max())
+        groups.append(_Group(tokens, (mine.cumsum(0) - 1)[row[tokens]] * slots + behind[tokens], rows, slots))
+    return groups
 
 
 def _as_valid(valid: Tensor | None, lengths: Tensor | None, rows: int, slots: int, device: torch.device) -> Tensor:
