@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from recblocks.sequence._heads import split_heads
+
 
 class PostNormLayer(nn.Module):
     """``u = LN(x + MHSA(x))``, then ``LN(u + W2 ReLU(W1 u + b1) + b2)``.
@@ -56,9 +58,7 @@ class PostNormLayer(nn.Module):
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, each (B, num_heads, L, head_dim)."""
-        qkv = self.qkv(x).view(*x.shape[:2], 3, self.num_heads, self.head_dim)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        return q, k, v
+        return split_heads(self.qkv(x), self.num_heads)
 
     def feed_forward(self, u: Tensor) -> Tensor:
         """The second half, of tokens (..., dim)."""

@@ -295,8 +295,6 @@ class ActionTransformer(nn.Module):
             step = max(_CACHED_SCORES // max(encoded.scores.numel(), 1), 1)
         some = torch.split(candidates, step, dim=1)
         x = torch.cat([self._encode_some(encoded, each) for each in some], dim=1)
-        if encoded.keys is not None:
-            x = x.masked_fill(~encoded.valid[:, None, encoded.slots, None], 0)
         num_slots = encoded.valid.shape[1]
         if encoded.slots.shape[0] < num_slots:
             x = x.new_zeros(*x.shape[:2], num_slots, self.out_dim).index_copy_(2, encoded.slots, x)
@@ -321,6 +319,8 @@ class ActionTransformer(nn.Module):
         for layer in list(self.layers)[1:]:
             x = layer(x, keys)
         x = x.view(rows, num, tokens, self.out_dim)[:, :, tokens - encoded.slots.shape[0] :]
+        if encoded.keys is not None:
+            x = x.masked_fill(~encoded.valid[:, None, encoded.slots, None], 0)
         return x.to(first.qkv.weight.dtype)
 
     def _actions(

@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from recblocks import _checks
 from recblocks.kernels.dispatch import watched
+from recblocks.sequence._heads import split_heads
 
 # Of packed sequences; with more of them attention spends less on padding, and more calls.
 _MAX_GROUPS = 8
@@ -204,7 +205,6 @@ class _Block(nn.Module):
     ) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.head_dim = hidden_dim // num_heads
         self.dropout = dropout
         self.attention_norm = nn.LayerNorm(hidden_dim, device=device, dtype=dtype)
         self.qkv = nn.Linear(hidden_dim, 3 * hidden_dim, device=device, dtype=dtype)
@@ -236,8 +236,7 @@ class _Block(nn.Module):
 
     def _attend(self, qkv: Tensor) -> Tensor:
         # Padding stands behind the last valid token, so the causal rule alone hides it and no mask is needed.
-        heads = qkv.view(*qkv.shape[:-1], 3, self.num_heads, self.head_dim)
-        q, k, v = heads.permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = split_heads(qkv, self.num_heads)
         p = self.dropout if self.training else 0.0
         attended = functional.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)
         return attended.transpose(1, 2).flatten(2)
