@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from recblocks import LearnedTemperature, equal_user_weights, own_positive_mask, sampled_softmax_loss
 from recblocks.kernels import dispatch
 from recblocks.kernels.sampled_softmax import chunked
+from recblocks.kernels.sampled_softmax.pool import Pool, Wanted
 
 BACKENDS = ("reference", "chunked")
 EPSILON = torch.finfo(torch.float64).eps
@@ -678,7 +679,7 @@ def test_nothing_of_rows_times_columns_is_held(owners):
         column_items, items = torch.zeros_like(column_items), torch.zeros_like(items)
     own = [row_users, column_items, users, items]
     queries, negatives = torch.randn(rows, 3), torch.randn(columns, 3)
-    pool = chunked.Pool(negatives, None, None, own, None)
+    pool = Pool(negatives, None, None, own, None)
     largest = _Largest()
     with tiles_of(tile_rows), largest:
         swept = chunked.sweep(
@@ -686,7 +687,7 @@ def test_nothing_of_rows_times_columns_is_held(owners):
             pool,
             torch.ones(()),
             lambda _, rows: torch.ones(rows.stop - rows.start),
-            chunked.Wanted(True, True, True),
+            Wanted(True, True, True),
         )
     assert tile_rows * columns <= largest.elements < rows * columns / 4
     masked = queries @ negatives.t()
@@ -705,11 +706,9 @@ def test_no_step_waits_for_numbers_on_a_device(mask):
     own = [meta(ids) for ids in keywords["own"]] if mask == "own" else []
     masked = torch.empty(6, 9, dtype=torch.bool, device="meta") if mask == "masked" else None
     queries, _, negatives = (meta(x) for x in embeddings)
-    pool = chunked.Pool(negatives, meta(keywords["log_q_negatives"]), masked, own, torch.empty(6, device="meta") > 0)
+    pool = Pool(negatives, meta(keywords["log_q_negatives"]), masked, own, torch.empty(6, device="meta") > 0)
     inverse = torch.ones((), device="meta")
-    swept = chunked.sweep(
-        queries, pool, inverse, lambda log_sum_exp, rows: log_sum_exp[rows], chunked.Wanted(True, True, True)
-    )
+    swept = chunked.sweep(queries, pool, inverse, lambda log_sum_exp, rows: log_sum_exp[rows], Wanted(True, True, True))
     assert [one.shape for one in swept] == [(6,), (6, 4), (9, 4), (9,), ()]
 
 

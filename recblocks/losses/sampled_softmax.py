@@ -13,6 +13,7 @@ from recblocks import _checks
 from recblocks.kernels import dispatch
 from recblocks.kernels.own_positives import check_own, own_positive_mask
 from recblocks.kernels.sampled_softmax import chunked
+from recblocks.kernels.sampled_softmax.pool import Pool, clear_unused, unused_columns
 
 Own = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -100,7 +101,7 @@ def sampled_softmax_loss(
         _check_log_q("log_q_positives", log_q_positives, correct_positive, lambda: _absent(present.pairs))
     else:
         log_q_positives = None
-    _check_log_q("log_q_negatives", log_q_negatives, correct_positive, lambda: chunked.unused_columns(*masks))
+    _check_log_q("log_q_negatives", log_q_negatives, correct_positive, lambda: unused_columns(*masks))
 
     dtype = torch.promote_types(torch.promote_types(queries.dtype, positives.dtype), negatives.dtype)
     dtype = torch.promote_types(dtype, torch.float32)
@@ -112,7 +113,7 @@ def sampled_softmax_loss(
         if log_q_positives is not None:
             positive_logits = positive_logits - _clear(log_q_positives.to(dtype), present.pairs)
         bias = None if log_q_negatives is None else -log_q_negatives.to(dtype)
-        pool = chunked.Pool(negatives.to(dtype), bias, *masks)
+        pool = Pool(negatives.to(dtype), bias, *masks)
         weights = torch.ones_like(positive_logits) if weights is None else weights.to(dtype)
 
         if backend == "chunked" and reduction != "none":
@@ -132,9 +133,9 @@ def sampled_softmax_loss(
         return total / torch.where(weight == 0, 1, weight)
 
 
-def _log_sum_exp(queries: Tensor, pool: chunked.Pool, inverse_temperature: Tensor) -> Tensor:
+def _log_sum_exp(queries: Tensor, pool: Pool, inverse_temperature: Tensor) -> Tensor:
     """The reference: all logits at once, (U,) -inf where every column is masked."""
-    negatives, bias, masked, own, _ = chunked.clear_unused(pool)
+    negatives, bias, masked, own, _ = clear_unused(pool)
     logits = (queries * inverse_temperature) @ negatives.t()
     if bias is not None:
         logits = logits + bias

@@ -10,14 +10,15 @@ sweeps again.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from recblocks import _checks
-from recblocks.kernels.own_positives import OwnPositives, owned_by_every_row
+from recblocks.kernels.own_positives import OwnPositives
+from recblocks.kernels.sampled_softmax.pool import Pool, Wanted, clear_unused, empty_gradients, refuse
 
 # One tile of logits: large enough for the matrix products, small enough to stay in a CPU's last-level cache.
 _TILE_BYTES = 16 * 2**20
@@ -25,24 +26,6 @@ _MIN_ROWS = 16
 
 # Of every row's log-sum-exp so far (U,) and the rows of one tile: the loss's derivative by those rows' log-sum-exp.
 Upstream = Callable[[Tensor, slice], Tensor]
-
-
-class Pool(NamedTuple):
-    """The columns: their embeddings and biases, and for which rows they are masked."""
-
-    negatives: Tensor
-    bias: Tensor | None
-    masked: Tensor | None
-    own: list[Tensor]  # the four id vectors of `own_positive_mask`, or empty
-    present: Tensor | None  # (U,) bool: the other rows count for nothing; None is all of them
-
-
-class Wanted(NamedTuple):
-    """Which gradients are asked for; the temperature's comes with the queries'."""
-
-    queries: bool
-    negatives: bool
-    bias: bool
 
 
 def sweep(
@@ -105,31 +88,6 @@ def _softmax_(tile: Tensor) -> Tensor:
     return peak - tile.amax(1).log()
 
 
-def unused_columns(masked: Tensor | None, own: list[Tensor], present: Tensor | None) -> Tensor:
-    """(N,) bool, the columns that are masked for every present row; none where nothing masks."""
-    if own:
-        return owned_by_every_row(own[0], own[1], own[2], own[3], present)
-    if masked is None:
-        return torch.zeros((), dtype=torch.bool)
-    return (masked if present is None else masked | ~present[:, None]).all(0)
-
-
-def clear_unused(pool: Pool) -> Pool:
-    """Zeros in unused columns, because a probability of 0 times NaN is NaN."""
-    if pool.masked is None and not pool.own:
-        return pool
-    if _finite(pool.negatives) and _finite(pool.bias):
-        return pool
-    unused = unused_columns(pool.masked, pool.own, pool.present)
-    negatives = pool.negatives.masked_fill(unused[:, None], 0)
-    return pool._replace(negatives=negatives, bias=None if pool.bias is None else pool.bias.masked_fill(unused, 0))
-
-
-def _finite(x: Tensor | None) -> bool:
-    """Whether it can be read that all numbers are finite."""
-    return x is None or (_checks.readable(x) and bool(x.sum().isfinite()))
-
-
 def _pair_slopes(log_sum_exp: Tensor, positive_logits: Tensor, weights: Tensor, pair_queries: Tensor | None) -> Tensor:
     """The derivative of each weighted pair loss by its row's L."""
     return weights * torch.sigmoid(_of_pairs(log_sum_exp, pair_queries) - positive_logits)
@@ -189,17 +147,13 @@ class _Once(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> None:  # noqa: ARG004
-        _refuse()
+        refuse()
 
 
 def _once(gradient: Tensor, *depends_on: Tensor | None) -> Tensor:
     if not torch.is_grad_enabled():
         return gradient
     return cast(Tensor, _Once.apply(gradient, *depends_on))  # type: ignore[no-untyped-call]
-
-
-def _refuse(*_: Any) -> None:
-    raise RuntimeError("the chunked sampled softmax has no second derivative; take backend='reference' for it")
 
 
 @torch.library.custom_op("recblocks::sampled_softmax_weighted_sum", mutates_args=())
@@ -233,16 +187,7 @@ def _weighted_sum(
 @_weighted_sum.register_fake
 def _(queries: Tensor, negatives: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     log_sum_exp = queries.new_empty(queries.shape[0])
-    return queries.new_empty(()), log_sum_exp, *_empty_gradients(queries, negatives, Wanted(*others[-1]))
-
-
-def _empty_gradients(queries: Tensor, negatives: Tensor, wanted: Wanted) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return (
-        torch.empty_like(queries) if wanted.queries else queries.new_empty(0),
-        torch.empty_like(negatives) if wanted.negatives else queries.new_empty(0),
-        queries.new_empty(negatives.shape[0]) if wanted.bias else queries.new_empty(0),
-        queries.new_empty(() if wanted.queries else 0),
-    )
+    return queries.new_empty(()), log_sum_exp, *empty_gradients(queries, negatives, Wanted(*others[-1]))
 
 
 def _setup_weighted_sum(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -309,7 +254,7 @@ def _log_sum_exp_backward(
 
 @_log_sum_exp_backward.register_fake
 def _(_: Tensor, queries: Tensor, negatives: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _empty_gradients(queries, negatives, Wanted(*others[-1]))
+    return empty_gradients(queries, negatives, Wanted(*others[-1]))
 
 
 def _setup_log_sum_exp(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
@@ -331,4 +276,4 @@ def _backward_log_sum_exp(ctx: Any, slopes: Tensor) -> tuple[Tensor | list[None]
 
 
 _log_sum_exp.register_autograd(_backward_log_sum_exp, setup_context=_setup_log_sum_exp)
-_log_sum_exp_backward.register_autograd(_refuse)
+_log_sum_exp_backward.register_autograd(refuse)
