@@ -14,7 +14,7 @@ import pathlib
 import torch
 
 from benchmarks._comparison import is_wrong, measure, show
-from benchmarks._machine import described, measure_rates
+from benchmarks._machine import Rates, described, measure_rates, show_rates
 from benchmarks._report import as_json, show_beside, write
 from benchmarks._timing import keep_memory
 
@@ -35,8 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     torch.manual_seed(0)
     machine = described(given.device)
     print(f"{machine['processor']}, {machine['threads']} threads, {machine['versions']}, commit {machine['commit']}")
-    rates = measure_rates(given.device)
-    print(f"products {rates.flops / 1e9:.0f} GFLOP/s, copies {rates.bytes / 1e9:.1f} GB/s")
+    rates: dict[str, Rates] = {}
     results, wrong = [], False
     for name in given.names or names:
         module = importlib.import_module(f"benchmarks.bench_{name}")
@@ -44,11 +43,15 @@ def main(arguments: list[str] | None = None) -> int:
             module.main()
             continue
         for one in module.comparisons(given.device):
-            rows = measure(one, rates, given.device)
+            factors = "bfloat16" if one.dtype == "bfloat16" else "float32"
+            if factors not in rates:
+                rates[factors] = measure_rates(given.device, getattr(torch, factors))
+                show_rates(factors, rates[factors])
+            rows = measure(one, rates[factors], given.device)
             show(one, rows)
             results.append(as_json(one, rows))
             wrong |= is_wrong(rows)
-    found = {"machine": machine, "rates": rates._asdict(), "results": results}
+    found = {"machine": machine, "rates": {name: one._asdict() for name, one in rates.items()}, "results": results}
     if given.json is not None:
         write(given.json, found)
     if earlier is not None:

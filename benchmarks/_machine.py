@@ -20,7 +20,7 @@ class Rates(NamedTuple):
     """What nothing that computes or moves as much can be faster than."""
 
     flops: float
-    """A second, of a product of float32 matrices."""
+    """A second, of a product of matrices."""
     bytes: float
     """A second, read and written, of a copy."""
 
@@ -29,14 +29,21 @@ class Rates(NamedTuple):
         return max(flops / self.flops, moved / self.bytes)
 
 
-def measure_rates(device: torch.device) -> Rates:
-    left, right = torch.randn(SIDE, SIDE, device=device), torch.randn(SIDE, SIDE, device=device)
+def measure_rates(device: torch.device, dtype: torch.dtype = torch.float32) -> Rates:
+    """With the matrices of that dtype; on a GPU these are larger, for it has more units to fill."""
+    side = SIDE if device.type == "cpu" else 4 * SIDE
+    left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     product = torch.empty_like(left)
     source = torch.zeros(COPIED, device=device)
     target = torch.ones_like(source)
     calls = {"product": lambda: torch.mm(left, right, out=product), "copy": lambda: target.copy_(source)}
     seconds = interleaved(calls, device=device)
-    return Rates(2 * SIDE**3 / seconds["product"], 2 * source.nbytes / seconds["copy"])
+    return Rates(2 * side**3 / seconds["product"], 2 * source.nbytes / seconds["copy"])
+
+
+def show_rates(factors: str, rates: Rates) -> None:
+    """Print them; ``factors`` names the dtype of the matrices."""
+    print(f"{factors} products {rates.flops / 1e9:.0f} GFLOP/s, copies {rates.bytes / 1e9:.1f} GB/s")
 
 
 def described(device: torch.device) -> dict[str, Any]:

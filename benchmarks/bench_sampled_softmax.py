@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TypeAlias
 
 import torch
@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from benchmarks._comparison import Comparison
 from benchmarks._compiled import compiled
-from recblocks import sampled_softmax_loss
+from recblocks import own_positive_mask, sampled_softmax_loss
 
 NUM_ROWS, NUM_IN_BATCH, NUM_RANDOM, DIM, NUM_PAIRS, NUM_BATCHES = 4096, 5000, 8192, 256, 8, 2
 NUM_COLUMNS = NUM_IN_BATCH + NUM_RANDOM
@@ -82,16 +82,61 @@ def loss_of(
     )
 
 
-def step(of: functools.partial[Tensor], dtype: torch.dtype, data: Batch) -> list[Tensor]:
-    """Loss and gradients."""
+def step(
+    of: Callable[..., Tensor], dtype: torch.dtype, data: Batch, numbers: torch.dtype | None = None
+) -> list[Tensor]:
+    """Loss and gradients, with embeddings of ``dtype`` and a temperature of ``numbers``, else of the same."""
     leaves = [data[name].to(dtype).detach().requires_grad_() for name in ("queries", "positives", "negatives")]
-    temperature = torch.tensor(0.1, dtype=dtype, device=leaves[0].device, requires_grad=True)
+    temperature = torch.tensor(0.1, dtype=numbers or dtype, device=leaves[0].device, requires_grad=True)
     loss = of(data, leaves, temperature)
     return [loss.detach(), *torch.autograd.grad(loss, (*leaves, temperature))]
 
 
 def form(dtype: torch.dtype = torch.float32, **options: object) -> functools.partial[list[Tensor]]:
     return functools.partial(step, functools.partial(loss_of, **options), dtype)
+
+
+def written_out(data: Batch, leaves: list[Tensor], temperature: Tensor) -> Tensor:
+    """The loss as a user would write it: one product in the embeddings' dtype, and all logits in float32."""
+    queries, positives, negatives = leaves
+    users, columns, positive_users, items = (
+        data[name] for name in ("row_users", "column_items", "positive_users", "positive_items")
+    )
+    positive_logits = (queries.float() * positives.float()).sum(1) / temperature - data["log_q_positives"]
+    logits = (queries @ negatives.t()).float() / temperature - data["log_q_negatives"]
+    logits = logits.masked_fill(own_positive_mask(users, columns, positive_users, items), -torch.inf)
+    losses = functional.softplus(logits.logsumexp(1) - positive_logits)
+    return (data["weights"] * losses).sum() / data["weights"].sum()
+
+
+def in_bfloat16(device: torch.device, num_rows: int = 32768, num_columns: int = NUM_COLUMNS) -> Comparison:
+    """What a GPU is for: embeddings of bfloat16, whose products a matrix unit makes."""
+    batches = [batch(num_rows, num_rows, seed, device, num_columns) for seed in range(NUM_BATCHES)]
+    embeddings = "queries", "positives", "negatives"
+    for data in batches:
+        data |= {name: data[name].bfloat16() for name in embeddings}
+
+    def of(loss: Callable[..., Tensor]) -> functools.partial[list[Tensor]]:
+        return functools.partial(step, loss, torch.bfloat16, numbers=torch.float32)
+
+    modes = {name: of(one) for name, one in compiled("eager", written_out, device).items()}
+    return Comparison(
+        op="sampled softmax, forward and backward",
+        sizes={"rows": num_rows, "columns": num_columns, "dim": DIM},
+        dtype="bfloat16",
+        batches=batches,
+        exact=form(torch.float64, backend="chunked"),
+        forms={
+            "triton": of(functools.partial(loss_of, backend="triton")),
+            "chunked": of(functools.partial(loss_of, backend="chunked")),
+            "eager": of(written_out),
+        }
+        | modes,
+        allowed=2**-7,  # of the largest number: probabilities and sums are rounded to bfloat16, in eager twice
+        flops=4 * 2 * num_rows * num_columns * DIM,  # logits twice, and the gradients of both sides
+        bars={"eager": 4.0},
+        absent=absent(),
+    )
 
 
 def absent() -> dict[str, str]:
@@ -131,3 +176,5 @@ def comparisons(device: torch.device) -> Iterator[Comparison]:
         flops=flops / NUM_PAIRS,
         bars={"a row a positive": 5.0},
     )
+    if device.type == "cuda":
+        yield in_bfloat16(device)

@@ -1,5 +1,6 @@
 """The benchmarks' runner: what is wrong is not timed, and turns a run red."""
 
+import importlib.util
 import itertools
 import json
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as runner
-from benchmarks import _comparison, _machine, bench_time
+from benchmarks import _comparison, _machine, bench_sampled_softmax, bench_time
 from benchmarks._comparison import Comparison, extra_bytes, is_wrong, measure, missed
 
 CPU = torch.device("cpu")
@@ -33,7 +34,7 @@ def squares(**changed):
 
 @pytest.fixture(autouse=True)
 def _at_once(monkeypatch):
-    monkeypatch.setattr(runner, "measure_rates", lambda _: RATES)
+    monkeypatch.setattr(runner, "measure_rates", lambda *_: RATES)
     monkeypatch.setattr(runner, "keep_memory", lambda: None)
 
 
@@ -147,6 +148,18 @@ def test_a_kernel_that_is_broken_on_purpose_turns_the_run_red(monkeypatch, capsy
     monkeypatch.setattr(bench_time, "log_periodic_features", lambda t, **how: right(t + 1, **how))
     assert runner.main(["time"]) == 1
     assert "recblocks is wrong by" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None or torch.cuda.is_available(), reason="needs the interpreter"
+)
+def test_what_is_for_a_gpu_is_right_in_the_interpreter(monkeypatch):
+    monkeypatch.setattr(bench_sampled_softmax, "compiled", lambda *_: {})
+    one = bench_sampled_softmax.in_bfloat16(CPU, num_rows=48, num_columns=80)
+    triton, *others = measure(one._replace(rounds=2), RATES, CPU)
+    assert triton.form == "triton"
+    assert triton.seconds is not None
+    assert [row.form for row in others if row.seconds is not None] == ["chunked", "eager"]
 
 
 def test_a_benchmark_that_there_is_not_is_refused(capsys):

@@ -9,6 +9,7 @@ import sys
 import types
 from typing import Any, ClassVar, NamedTuple
 
+import hopper
 import pytest
 import torch
 from lookups import FEATURES, TABLES
@@ -494,53 +495,29 @@ def test_a_gradient_that_is_asked_of_a_served_weight_is_not_lost_in_silence(back
 # --- Triton ---
 
 
-COMPILING = """
-import os, re, subprocess, sys, tempfile
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+BUILDING = """
+import hopper
 from recblocks.kernels.fused_lookup import triton as kernel
 
-TYPES = dict.fromkeys(("num_ids", "repeat", "num_rows", "num_columns", "num_features", "num_buckets"), "i32")
+TYPES = dict.fromkeys(kernel.vectors_of_bags.arg_names, "*i64")
+TYPES |= dict.fromkeys(("num_ids", "repeat", "num_rows", "num_columns", "num_features", "num_buckets"), "i32")
 TYPES |= {"asked": ("*i64",) * 4 + ("*i32",) + ("*i64",) * 2, "out": "*fp32"}
-ptxas = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "ptxas")
 
-
-def build(function, fixed, given, what):
-    names = function.arg_names
-    types = {name: "constexpr" if name in fixed else TYPES.get(name, "*i64") for name in names} | given
-    constants = {(names.index(name),): value for name, value in fixed.items()}
-    compiled = triton.compile(ASTSource(fn=function, signature=types, constexprs=constants), GPUTarget("cuda", 90, 32))
-    with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, "kernel.ptx")
-        with open(path, "w") as file:
-            file.write(compiled.asm["ptx"])
-        command = [ptxas, "-v", "--gpu-name", "sm_90a", path, "-o", os.path.join(folder, "kernel.cubin")]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    print(function.__name__, what, *re.findall(r"(\\d+) bytes spill (?:stores|loads)", said))
-
-
-build(kernel.rows_of_ids, {"IDS": 32}, {}, "")
+hopper.build(kernel.rows_of_ids, TYPES | {"out": "*i64"}, {"IDS": 32})
 for function in (kernel.vectors_of_ids, kernel.vectors_of_bags):
     for weight, scaled in (("*fp32", False), ("*fp16", False), ("*bf16", False), ("*i8", True)):
         for dims in ([1], [32], [96], [300], [1, 32, 96, 300]):
             each = {"weights": (weight,), "scales": ("*fp32",), "counts": ("i32",)}
-            given = {name: one * len(dims) for name, one in each.items()}
-            build(function, {"SCALED": scaled, **kernel.sizes_of(dims)}, given, f"{weight} {dims}")
+            given = TYPES | {name: one * len(dims) for name, one in each.items()}
+            hopper.build(function, given, {"SCALED": scaled, **kernel.sizes_of(dims)})
 """
 
 
 def test_triton_s_kernels_build_for_a_hopper_gpu_and_spill_nothing(tmp_path):
     pytest.importorskip("triton")
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    # From a file: Triton reads the source of what it compiles, and of a -c there is none to read.
-    path = tmp_path / "compiling.py"
-    path.write_text(COMPILING)
-    said = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, check=True, env=environment)
-    lines = said.stdout.splitlines()
-    assert len(lines) == 41
-    assert all(line.endswith(" 0 0") for line in lines)
+    built = hopper.run(BUILDING, tmp_path)
+    assert len(built) == 41
+    assert not any(one.spilled for one in built)
 
 
 # --- C++ ---

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from recblocks import own_positive_mask
 from recblocks.kernels import own_positives
-from recblocks.kernels.own_positives import OwnPositives, owned_by_every_row
+from recblocks.kernels.own_positives import OwnPositives, owned_by_every_row, owned_ranges
 
 # Few values, so that users own several items and items stand in several columns; the ends of int64 among them.
 USERS = st.sampled_from([0, -1, 2**63 - 1])
@@ -50,6 +50,25 @@ def test_tiles_are_the_rows_of_the_mask_whichever_way_they_are_made(own, rows, s
             assert torch.equal(tile == -torch.inf, expected(own)[start : start + rows])
     finally:
         own_positives._SPARSE_SHARE = before
+
+
+@given(own=id_vectors())
+def test_ranges_hold_what_the_mask_marks_in_order_on_both_sides(own):
+    ranges, want = owned_ranges(*own), expected(own)
+    for lines, order, mask in [
+        (ranges.of_rows, ranges.column_order, want),
+        (ranges.of_columns, ranges.row_order, want.t()),
+    ]:
+        assert all(one.dtype == torch.int32 for one in lines)
+        got = torch.zeros_like(mask)
+        for line, (begin, end) in enumerate(zip(lines.begin.tolist(), lines.end.tolist(), strict=True)):
+            first, last = lines.first[begin:end].tolist(), lines.last[begin:end].tolist()
+            assert first == sorted(first)
+            assert last == sorted(last)
+            for one, behind in zip(first, last, strict=True):
+                assert one < behind <= mask.shape[1]
+                got[line, order[one:behind]] = True
+        assert torch.equal(got, mask)
 
 
 @given(own=id_vectors(), data=st.data())

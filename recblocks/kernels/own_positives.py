@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -92,6 +94,51 @@ class OwnPositives:
         row, pair = _expand(self._pair_first[rows], self._pair_count[rows])
         of, position = _expand(self._column_first[pair], self._column_count[pair])
         return row[of] * num_columns + self._columns[position]
+
+
+class Ranges(NamedTuple):
+    """Of each line of one side the ranges of lines of the other side, sorted by id, that it owns; all int32.
+
+    Line k has the ranges ``begin[k]`` to ``end[k] - 1``, and range j holds the lines ``first[j]`` to ``last[j] - 1``.
+    The ranges of a line are in order. Where nothing is owned, ``first`` is behind every line.
+    """
+
+    begin: Tensor
+    end: Tensor
+    first: Tensor
+    last: Tensor
+
+
+class OwnedRanges(NamedTuple):
+    """The same mask as ranges, which need no more memory than the ids and whose number no host has to know."""
+
+    row_order: Tensor  # (R,) int64, rows by user
+    column_order: Tensor  # (N,) int64, columns by item
+    of_rows: Ranges  # of each row as it was given, ranges of columns by item
+    of_columns: Ranges  # of each column as it was given, ranges of rows by user
+
+
+def owned_ranges(
+    row_users: Tensor, column_items: Tensor, positive_users: Tensor, positive_items: Tensor
+) -> OwnedRanges:
+    """List who owns what, as `own_positive_mask` marks it; each side has fewer than 2**31 lines."""
+    users, row_order = row_users.sort()
+    items, column_order = column_items.sort()
+    rows = torch.searchsorted(users, positive_users), torch.searchsorted(users, positive_users, right=True)
+    columns = torch.searchsorted(items, positive_items), torch.searchsorted(items, positive_items, right=True)
+    absent = (rows[0] == rows[1]) | (columns[0] == columns[1])
+    of_rows = _ranges(torch.searchsorted(users, row_users), rows[0], columns, absent, column_items.shape[0])
+    of_columns = _ranges(torch.searchsorted(items, column_items), columns[0], rows, absent, row_users.shape[0])
+    return OwnedRanges(row_order, column_order, of_rows, of_columns)
+
+
+def _ranges(lines: Tensor, owners: Tensor, owned: tuple[Tensor, Tensor], absent: Tensor, num_others: int) -> Ranges:
+    """Sort pairs by owner and then by what is owned; ``lines`` and ``owners`` number the same distinct ids."""
+    size = max(1, num_others)
+    key, order = (owners * size + owned[0]).masked_fill(absent, 2**63 - 1).sort()
+    begin, end = torch.searchsorted(key, lines * size), torch.searchsorted(key, (lines + 1) * size)
+    first, last = (one.masked_fill(absent, 2**31 - 1)[order] for one in owned)
+    return Ranges(*(one.int() for one in (begin, end, first, last)))
 
 
 def owned_by_every_row(

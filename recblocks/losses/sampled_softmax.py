@@ -13,6 +13,8 @@ from recblocks import _checks
 from recblocks.kernels import dispatch
 from recblocks.kernels.own_positives import check_own, own_positive_mask
 from recblocks.kernels.sampled_softmax import chunked
+from recblocks.kernels.sampled_softmax.dispatch import log_sum_exp as triton_log_sum_exp
+from recblocks.kernels.sampled_softmax.dispatch import resolve
 from recblocks.kernels.sampled_softmax.pool import Pool, clear_unused, unused_columns
 
 Own = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -43,7 +45,8 @@ def sampled_softmax_loss(
     What is masked is absent, and so is a row of weight 0: it may hold NaN and changes neither loss nor gradient. NaN in
     anything else reaches the gradients of all. A row of finite numbers whose every column is masked has loss 0 and
     gradient 0.
-    Logits are float32 (float64 where an embedding is), under autocast too.
+    Logits are float32 (float64 where an embedding is), under autocast too. Embeddings of bfloat16 are factors as they
+    are with "triton", and probabilities are rounded likewise where gradients are made of both.
 
     Args:
         queries: (R, D) user embeddings, floating point. With ``pair_queries`` (U, D).
@@ -63,7 +66,9 @@ def sampled_softmax_loss(
         reduction: "none" gives the l_r (R,), 0 where the weight is 0; "sum" gives Σ w_r l_r; "mean" divides that by
             Σ w_r, and is 0 where Σ w_r is.
         backend: "reference" holds rows x columns and can be differentiated twice; "chunked" holds a few rows at a
-            time and cannot; "auto" takes "chunked" on a CPU and on CUDA, but not inside a torch.func transform.
+            time and cannot; "triton", likewise, is for NVIDIA GPUs and bfloat16 embeddings of at most 256 numbers or
+            others of at most 64. "auto" takes "triton" where those are given and "chunked" elsewhere on a CPU and on
+            CUDA, but neither inside a torch.func transform.
 
     Returns:
         () or, for "none", (R,); float32, or float64 where an embedding is.
@@ -73,7 +78,8 @@ def sampled_softmax_loss(
         ValueError: shapes disagree; both ``masked`` and ``own``, or one log q without the other; on a CPU also a
             negative weight, a log q that is not finite or, with ``correct_positive``, exceeds 0, a ``pair_queries``
             out of range, a temperature that is not above 0.
-        RuntimeError: the chunked backend is differentiated twice, or transformed by torch.func.
+        ImportError: backend "triton" without the package.
+        RuntimeError: a fast backend is differentiated twice, or transformed by torch.func.
 
     Example:
         >>> import torch
@@ -90,7 +96,8 @@ def sampled_softmax_loss(
     """
     _checks.choice("reduction", reduction, ("none", "sum", "mean"))
     _check_shapes(queries, positives, negatives, log_q_positives, log_q_negatives, masked, own, weights, pair_queries)
-    backend = dispatch.resolve(backend, "chunked", queries.device)
+    factors = torch.promote_types(torch.promote_types(queries.dtype, positives.dtype), negatives.dtype)
+    backend = resolve(backend, queries.device, factors, queries.shape[1])
     if not isinstance(correct_positive, bool):
         raise TypeError(f"correct_positive must be a bool, got {_checks.describe(correct_positive)}")
     _check_log_q_given(log_q_positives, log_q_negatives, correct_positive)
@@ -103,24 +110,24 @@ def sampled_softmax_loss(
         log_q_positives = None
     _check_log_q("log_q_negatives", log_q_negatives, correct_positive, lambda: unused_columns(*masks))
 
-    dtype = torch.promote_types(torch.promote_types(queries.dtype, positives.dtype), negatives.dtype)
-    dtype = torch.promote_types(dtype, torch.float32)
+    dtype = torch.promote_types(factors, torch.float32)
+    if backend != "triton" or factors == torch.float16:  # whose range ends above the probabilities of a large pool
+        factors = dtype
     with dispatch.without_autocast(queries.device):
-        queries, positives = _clear(queries.to(dtype), present.rows), _clear(positives.to(dtype), present.pairs)
-        inverse_temperature = _inverse(temperature, queries)
+        queries, positives = _clear(queries.to(factors), present.rows), _clear(positives.to(dtype), present.pairs)
+        inverse_temperature = _inverse(temperature, positives)
         paired = queries if pair_queries is None else queries.index_select(0, pair_queries)
         positive_logits = (paired * positives).sum(1) * inverse_temperature
         if log_q_positives is not None:
             positive_logits = positive_logits - _clear(log_q_positives.to(dtype), present.pairs)
         bias = None if log_q_negatives is None else -log_q_negatives.to(dtype)
-        pool = Pool(negatives.to(dtype), bias, *masks)
+        pool = Pool(negatives.to(factors), bias, *masks)
         weights = torch.ones_like(positive_logits) if weights is None else weights.to(dtype)
 
         if backend == "chunked" and reduction != "none":
             total = chunked.sum_of_losses(queries, pool, inverse_temperature, positive_logits, weights, pair_queries)
         else:
-            per_row = chunked.log_sum_exp if backend == "chunked" else _log_sum_exp
-            log_sum_exp = per_row(queries, pool, inverse_temperature)
+            log_sum_exp = _PER_ROW[backend](queries, pool, inverse_temperature)
             if pair_queries is not None:
                 log_sum_exp = log_sum_exp.index_select(0, pair_queries)
             losses = _clear(-F.logsigmoid(positive_logits - log_sum_exp), present.pairs)
@@ -150,6 +157,9 @@ def _log_sum_exp(queries: Tensor, pool: Pool, inverse_temperature: Tensor) -> Te
     else:
         logits.masked_fill_(masked, -torch.inf).masked_fill_(empty[:, None], 0)
     return torch.logsumexp(logits, dim=1).masked_fill(empty, -torch.inf)
+
+
+_PER_ROW = {"reference": _log_sum_exp, "chunked": chunked.log_sum_exp, "triton": triton_log_sum_exp}
 
 
 class _Present(NamedTuple):
