@@ -13,7 +13,7 @@ if not torch.cuda.is_available():
 
 NEED = {
     "torchrec": ["recblocks/embedding/torchrec.py", "recblocks/embedding/shardable_lookup.py"],
-    "triton": ["recblocks/kernels/fused_lookup/triton.py", "recblocks/kernels/sampled_softmax/triton.py"],
+    "triton": [f"recblocks/kernels/{op}/triton.py" for op in ("fused_lookup", "sampled_softmax", "time_waves")],
 }
 collect_ignore = [path for name, paths in NEED.items() if importlib.util.find_spec(name) is None for path in paths]
 

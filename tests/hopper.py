@@ -24,7 +24,7 @@ def run(script, folder):
     environment |= {"TRITON_CACHE_DIR": str(folder), "PYTHONPATH": os.path.dirname(__file__)}
     path = folder / "building.py"
     path.write_text(script)
-    said = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, check=True, env=environment)
+    said = subprocess.run([sys.executable, str(path)], stdout=subprocess.PIPE, text=True, check=True, env=environment)
     return [Built(*json.loads(line)) for line in said.stdout.splitlines()]
 
 

@@ -11,9 +11,8 @@ from recblocks import _checks
 from recblocks.features.time import (
     PINNERFORMER_PERIODS,
     LogPeriodicTimeEncoder,
-    gap_to_next_older,
+    encode_action_times,
     log_spaced_periods,
-    time_since_latest,
 )
 
 
@@ -208,12 +207,11 @@ class ActionEncoder(nn.Module):
         _checks.integers("action_type", action_type, *shape)
         _checks.integers("surface", surface, *shape)
         _checks.floating("duration", duration, *shape)
-        since_latest = time_since_latest(time, valid, offsets=offsets)
-        gap = gap_to_next_older(time, valid, offsets=offsets)
+        times = encode_action_times(time, valid, offsets, (self.time, self.since_latest, self.gap))
 
         if valid is not None:
-            action_type, surface, duration, time = (
-                column.masked_fill(~valid, 0) for column in (action_type, surface, duration, time)
+            action_type, surface, duration = (
+                column.masked_fill(~valid, 0) for column in (action_type, surface, duration)
             )
         _check_indices("action_type", action_type, self.type_table.num_embeddings)
         _check_indices("surface", surface, self.surface_table.num_embeddings)
@@ -224,9 +222,7 @@ class ActionEncoder(nn.Module):
             self.type_table(action_type),
             self.surface_table(surface),
             duration.to(torch.promote_types(duration.dtype, torch.float32)).log1p()[..., None],
-            self.time(time),
-            self.since_latest(since_latest),
-            self.gap(gap),
+            *times,
         ]
         actions = torch.cat([part.to(self.type_table.weight.dtype) for part in parts], dim=-1)
         return actions if valid is None else actions.masked_fill(~valid[..., None], 0)

@@ -12,7 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from recblocks import _checks
-from recblocks.kernels.time_waves.dispatch import encode_times, log_seconds, runs_on, whole_and_part
+from recblocks.kernels.time_waves.dispatch import (
+    encode_spans,
+    encode_times,
+    in_one_kernel,
+    log_seconds,
+    runs_on,
+    whole_and_part,
+)
 
 Periods = Sequence[float] | Tensor | npt.NDArray[np.floating[Any]]
 
@@ -303,6 +310,34 @@ def gap_to_next_older(time: Tensor, valid: Tensor | None = None, *, offsets: Ten
     older = nn.functional.pad(first_valid_from[:, 1:], (0, min(1, slots)), value=slots)
     is_oldest = older == slots
     return (time - time.gather(1, older.masked_fill(is_oldest, 0))).masked_fill(is_oldest | ~valid, 0)
+
+
+def encode_action_times(
+    time: Tensor,
+    valid: Tensor | None,
+    offsets: Tensor | None,
+    encoders: tuple[LogPeriodicTimeEncoder, LogPeriodicTimeEncoder, LogPeriodicTimeEncoder],
+) -> list[Tensor]:
+    """Encode an action's time, how long before the latest it was, and how long after the next older, in this order.
+
+    Args:
+        time: (B, M) or (T,) as `time_since_latest` takes it, and so the next two.
+        valid: (B, M) bool.
+        offsets: (B+1,) int64.
+        encoders: of the three, of one unit.
+
+    Returns:
+        (..., out_dim) of each encoder, or on an NVIDIA GPU one of all three, which one kernel makes. At an invalid slot
+        they are those of 0.
+    """
+    _check_times(time, valid, offsets)
+    phases = [one.phase for one in encoders]
+    if offsets is None and in_one_kernel(time, phases):
+        given = [one.frequencies for one in encoders], [one.float() for one in phases if one is not None]
+        return [encode_spans(time, valid, *given, _UNITS_PER_SECOND[encoders[0].unit], 0)]
+    absolute = time if valid is None else time.masked_fill(~valid, 0)
+    spans = absolute, time_since_latest(time, valid, offsets=offsets), gap_to_next_older(time, valid, offsets=offsets)
+    return [encoder(span) for encoder, span in zip(encoders, spans, strict=True)]
 
 
 def _check_times(time: Tensor, valid: Tensor | None, offsets: Tensor | None) -> None:
