@@ -13,9 +13,9 @@ if not torch.cuda.is_available():
 
 NEED = {
     "torchrec": ["recblocks/embedding/torchrec.py", "recblocks/embedding/shardable_lookup.py"],
-    "triton": [f"recblocks/kernels/{op}/triton.py" for op in ("fused_lookup", "sampled_softmax", "time_waves")],
+    "triton": ["recblocks/kernels/*/triton.py", "recblocks/kernels/triton_hashing.py"],
 }
-collect_ignore = [path for name, paths in NEED.items() if importlib.util.find_spec(name) is None for path in paths]
+collect_ignore_glob = [path for name, paths in NEED.items() if importlib.util.find_spec(name) is None for path in paths]
 
 
 def _mend_interpreter() -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from recblocks import _checks
 from recblocks._distributed import group_size
 from recblocks._hashing import FIRST, LOW_32, mix, signed, splitmix
+from recblocks.kernels.count_min import dispatch as count_min
 
 _SIGHTING = 1 << 16  # fixed point: what one sighting adds to a counter
 _MOST_COUNTERS = (1 << 31) - 1  # in a row
@@ -193,6 +194,9 @@ class CountMinSketch(nn.Module):
                 if amounts is not None:
                     added[:, : buckets.shape[1]] = amounts[some]
                 self.pending.scatter_add_(1, buckets, added)  # the threads share the rows
+        elif count_min.runs_on(ids):
+            count_min.add(ids, amounts, self.pending, self.pending_total, *self._hash[:2], _SIGHTING)
+            return
         else:
             one = torch.full_like(ids, _SIGHTING) if amounts is None else amounts
             self.pending.scatter_add_(1, _torch_buckets(ids, *self._hash), one.expand(self.depth, -1))
@@ -288,6 +292,9 @@ class CountMinSketch(nn.Module):
         return f"width={self.width}, depth={self.depth}, seed={self.seed}"
 
     def _answer(self, ids: Tensor) -> Tensor:
+        if count_min.runs_on(ids):
+            found: Tensor = count_min.answer(ids, self.synced, self.pending, *self._hash[:2], _SIGHTING)
+            return found
         buckets = (_numpy_buckets if _checks.readable(ids) else _torch_buckets)(ids, *self._hash)
         counters = self.synced.gather(1, buckets) + self.pending.gather(1, buckets)
         smallest: Tensor = functools.reduce(torch.minimum, counters)  # amin(0) is 30 times slower on a CPU

@@ -339,6 +339,21 @@ def test_a_column_masked_for_the_present_rows_may_hold_nan(backend):
     torch.testing.assert_close(sampled_softmax_loss(u, p, n, own=own, weights=weights, backend=backend), want)
 
 
+@pytest.mark.filterwarnings("ignore:All-NaN slice encountered:RuntimeWarning")  # the interpreter's max passes over NaN
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_the_rows_that_see_what_is_no_number_say_so(backend, poison):
+    (u, p, n), _ = random_case()
+    masked = torch.zeros(6, 9, dtype=torch.bool)
+    masked[torch.arange(6) != 2, 4] = True
+    want = sampled_softmax_loss(u, p, n, masked=masked, reduction="none", backend=backend)
+    n[4], u[2] = poison, u[2].abs()
+    got = sampled_softmax_loss(u, p, n, masked=masked, reduction="none", backend=backend)
+    assert not got[2].isfinite()
+    others = torch.arange(6) != 2
+    torch.testing.assert_close(got[others], want[others])
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_only_the_log_q_of_a_column_masked_for_the_present_rows_may_be_nan(backend):
     embeddings, keywords = random_case()

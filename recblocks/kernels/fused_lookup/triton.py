@@ -9,23 +9,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from recblocks._hashing import FIRST, GOLDEN, signed
+from recblocks._hashing import GOLDEN, signed
 from recblocks.kernels.fused_lookup.asked import Asked
+from recblocks.kernels.triton_hashing import LOW_32, MULTIPLIER, mix
 
 BUCKET = 8
-_LOW_32 = tl.constexpr((1 << 32) - 1)
-_LOW_35 = tl.constexpr((1 << 35) - 1)
-_GOLDEN, _FIRST = tl.constexpr(signed(GOLDEN)), tl.constexpr(signed(FIRST))
+_GOLDEN = tl.constexpr(signed(GOLDEN))
 _BUCKET = tl.constexpr(BUCKET)
 _COLUMN, _MEAN = tl.constexpr(5), tl.constexpr(6)  # of what is said of each feature
 _MOST_IDS = 32  # of a program; each of them reads a cache line of keys
-
-
-@triton.jit
-def _mix(x):
-    x = x ^ ((x >> 32) & _LOW_32)
-    x = x * _FIRST
-    return x ^ ((x >> 29) & _LOW_35)
 
 
 @triton.jit
@@ -50,12 +42,12 @@ def _place_of(feature, places, begins, num_features):
 def _row_of(ids, place, mask, keys, rows, hashed, num_buckets):
     """The row of the weight for each id; the second bucket is read only for what the first does not hold."""
     part, shift, first, num_unseen, begin, end = place
-    mixed = (_mix(ids + tl.load(hashed)) + part * tl.load(hashed + 2)) * tl.load(hashed + 1)
-    at = _slot_in(((mixed >> 32) & _LOW_32) * num_buckets >> 32, mixed, mask, keys)
-    at = tl.maximum(at, _slot_in((mixed & _LOW_32) * num_buckets >> 32, mixed, mask & (at < 0), keys))
+    mixed = (mix(ids + tl.load(hashed)) + part * tl.load(hashed + 2)) * tl.load(hashed + 1)
+    at = _slot_in(((mixed >> 32) & LOW_32) * num_buckets >> 32, mixed, mask, keys)
+    at = tl.maximum(at, _slot_in((mixed & LOW_32) * num_buckets >> 32, mixed, mask & (at < 0), keys))
     found = tl.load(rows + at, at >= 0, -1).to(tl.int64)
     found = tl.where((found >= begin) & (found < end), found, -1)
-    unseen = first + (((_mix(ids + _GOLDEN) * _FIRST >> 32) & _LOW_32) * num_unseen >> 32)
+    unseen = first + (((mix(ids + _GOLDEN) * MULTIPLIER >> 32) & LOW_32) * num_unseen >> 32)
     return tl.where(found < 0, unseen, found + shift)
 
 
