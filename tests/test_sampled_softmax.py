@@ -30,13 +30,13 @@ LIMITS = [0, 1, -1, 2**63 - 1, -(2**63), 2**63 - 2]
 
 @contextlib.contextmanager
 def tiles_of(rows):
-    """Make the chunked backend take this many rows at a time, whatever the number of columns."""
-    before = chunked._TILE_BYTES, chunked._MIN_ROWS
-    chunked._TILE_BYTES, chunked._MIN_ROWS = 0, rows
+    """Make the chunked backend take this many rows, and pairs, at a time, whatever the number of columns."""
+    before = chunked._TILE_BYTES, chunked._MIN_ROWS, chunked._PAIRS
+    chunked._TILE_BYTES, chunked._MIN_ROWS, chunked._PAIRS = 0, rows, rows
     try:
         yield
     finally:
-        chunked._TILE_BYTES, chunked._MIN_ROWS = before
+        chunked._TILE_BYTES, chunked._MIN_ROWS, chunked._PAIRS = before
 
 
 @pytest.fixture(autouse=True)
@@ -621,6 +621,21 @@ def test_activation_checkpointing_gives_the_same_gradients(backend, reduction):
     torch.testing.assert_close(got, want)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+def test_a_graph_that_is_kept_can_be_gone_through_again(backend, reduction):
+    embeddings, keywords = random_case()
+    embeddings, keywords, inputs = leaves(embeddings, keywords)
+    inputs = inputs[:-1]  # without the weights, which losses one by one do not know
+    loss = sampled_softmax_loss(*embeddings, **keywords, reduction=reduction, backend=backend).sum()
+    want = torch.autograd.grad(loss, inputs, retain_graph=True)
+    twice = torch.autograd.grad(loss, inputs, torch.tensor(2.0, dtype=torch.float64), retain_graph=True)
+    last = torch.autograd.grad(loss, inputs, torch.tensor(3.0, dtype=torch.float64))
+    for one, double, triple in zip(want, twice, last, strict=True):
+        torch.testing.assert_close(double, 2 * one)
+        torch.testing.assert_close(triple, 3 * one)
+
+
 def test_functional_transforms_take_the_reference():
     embeddings, _ = random_case()
     want = gradients(embeddings, {"temperature": 1.0})[1][:3]
@@ -674,13 +689,13 @@ def test_registered_operators_pass_opcheck(mask):
     inverse = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
     masked = torch.rand(6, 9) < 0.3 if mask == "masked" else None
     masks = (masked, list(keywords["own"]) if mask == "own" else [], None)
-    logits = (queries * positives).sum(1).detach().requires_grad_()
-    for pair_queries, weights in [
-        (None, keywords["weights"]),
-        (torch.randperm(6), keywords["weights"].clone().requires_grad_()),
+    shift = torch.rand(6, dtype=torch.float64, requires_grad=True)
+    for pair_queries, weights, moved in [
+        (None, keywords["weights"], None),
+        (torch.randperm(6), keywords["weights"].clone().requires_grad_(), shift),
     ]:
-        arguments = (queries, negatives, bias, inverse, logits, weights, pair_queries, *masks, [True, True, True])
-        torch.library.opcheck(chunked._weighted_sum, arguments)
+        pool = negatives, bias, inverse, weights, pair_queries, *masks
+        torch.library.opcheck(chunked._weighted_sum, (queries, positives, moved, *pool, [True] * 4))
     torch.library.opcheck(chunked._log_sum_exp, (queries, negatives, bias, inverse, *masks))
     backward = [x.detach() if isinstance(x, torch.Tensor) else x for x in (queries, negatives, bias, inverse, *masks)]
     torch.library.opcheck(

@@ -100,7 +100,7 @@ class Ranges(NamedTuple):
     """Of each line of one side the ranges of lines of the other side, sorted by id, that it owns; all int32.
 
     Line k has the ranges ``begin[k]`` to ``end[k] - 1``, and range j holds the lines ``first[j]`` to ``last[j] - 1``.
-    The ranges of a line are in order. Where nothing is owned, ``first`` is behind every line.
+    The ranges of a line are in order. What no line has stands behind them all.
     """
 
     begin: Tensor
@@ -137,7 +137,7 @@ def _ranges(lines: Tensor, owners: Tensor, owned: tuple[Tensor, Tensor], absent:
     size = max(1, num_others)
     key, order = (owners * size + owned[0]).masked_fill(absent, 2**63 - 1).sort()
     begin, end = torch.searchsorted(key, lines * size), torch.searchsorted(key, (lines + 1) * size)
-    first, last = (one.masked_fill(absent, 2**31 - 1)[order] for one in owned)
+    first, last = (one[order] for one in owned)
     return Ranges(*(one.int() for one in (begin, end, first, last)))
 
 

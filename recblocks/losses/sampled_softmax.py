@@ -116,17 +116,19 @@ def sampled_softmax_loss(
     with dispatch.without_autocast(queries.device):
         queries, positives = _clear(queries.to(factors), present.rows), _clear(positives.to(dtype), present.pairs)
         inverse_temperature = _inverse(temperature, positives)
-        paired = queries if pair_queries is None else queries.index_select(0, pair_queries)
-        positive_logits = (paired * positives).sum(1) * inverse_temperature
-        if log_q_positives is not None:
-            positive_logits = positive_logits - _clear(log_q_positives.to(dtype), present.pairs)
+        shift = None if log_q_positives is None else -_clear(log_q_positives.to(dtype), present.pairs)
         bias = None if log_q_negatives is None else -log_q_negatives.to(dtype)
         pool = Pool(negatives.to(factors), bias, *masks)
-        weights = torch.ones_like(positive_logits) if weights is None else weights.to(dtype)
+        weights = positives.new_ones(positives.shape[0]) if weights is None else weights.to(dtype)
 
         if backend == "chunked" and reduction != "none":
-            total = chunked.sum_of_losses(queries, pool, inverse_temperature, positive_logits, weights, pair_queries)
+            given = queries, positives, shift, pool, inverse_temperature, weights, pair_queries
+            total = chunked.sum_of_losses(*given)
         else:
+            paired = queries if pair_queries is None else queries.index_select(0, pair_queries)
+            positive_logits = (paired * positives).sum(1) * inverse_temperature
+            if shift is not None:
+                positive_logits = positive_logits + shift
             log_sum_exp = _PER_ROW[backend](queries, pool, inverse_temperature)
             if pair_queries is not None:
                 log_sum_exp = log_sum_exp.index_select(0, pair_queries)

@@ -17,12 +17,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from recblocks import _checks
+from recblocks.kernels.dispatch import watched
 from recblocks.kernels.own_positives import OwnPositives
 from recblocks.kernels.sampled_softmax.pool import Pool, Wanted, clear_unused, empty_gradients, refuse
 
 # One tile of logits: large enough for the matrix products, small enough to stay in a CPU's last-level cache.
 _TILE_BYTES = 16 * 2**20
 _MIN_ROWS = 16
+_PAIRS = 4096  # whose embeddings are gathered at once
 
 # Of every row's log-sum-exp so far (U,) and the rows of one tile: the loss's derivative by those rows' log-sum-exp.
 Upstream = Callable[[Tensor, slice], Tensor]
@@ -104,30 +106,33 @@ def _of_pairs(log_sum_exp: Tensor, pair_queries: Tensor | None) -> Tensor:
 
 def sum_of_losses(
     queries: Tensor,
+    positives: Tensor,
+    shift: Tensor | None,
     pool: Pool,
     inverse_temperature: Tensor,
-    positive_logits: Tensor,
     weights: Tensor,
     pair_queries: Tensor | None,
 ) -> Tensor:
-    """Sum over pairs of w softplus(L - s), differentiable once.
+    """Sum over pairs of w softplus(L - s), s = <u, p> / τ + shift, differentiable once.
 
     Args:
         queries: (U, D), and all that follows of the same dtype, float32 or float64.
+        positives: (R, D).
+        shift: (R,) of each pair's logit.
         pool: the columns and their masks.
         inverse_temperature: () 1/τ.
-        positive_logits: (R,) s of each pair.
         weights: (R,) at least 0.
         pair_queries: (R,) the query row of each pair; None: pair r is of row r.
     """
     gradients = torch.is_grad_enabled()
     wanted = [
         gradients and (queries.requires_grad or inverse_temperature.requires_grad),
+        gradients and positives.requires_grad,
         gradients and pool.negatives.requires_grad,
         gradients and pool.bias is not None and pool.bias.requires_grad,
     ]
     total: Tensor = _weighted_sum(
-        queries, *pool[:2], inverse_temperature, positive_logits, weights, pair_queries, *pool[2:], wanted
+        queries, positives, shift, *pool[:2], inverse_temperature, weights, pair_queries, *pool[2:], wanted
     )[0]
     return total
 
@@ -150,27 +155,38 @@ class _Once(torch.autograd.Function):
         refuse()
 
 
-def _once(gradient: Tensor, *depends_on: Tensor | None) -> Tensor:
-    if not torch.is_grad_enabled():
-        return gradient
-    return cast(Tensor, _Once.apply(gradient, *depends_on))  # type: ignore[no-untyped-call]
+def _scaled(gradient: Tensor, grad: Tensor, *depends_on: Tensor | None) -> Tensor:
+    """``grad * gradient``, in the memory of what was kept where no other backward will read it."""
+    if watched() or torch._C._autograd._get_current_graph_task_keep_graph():
+        gradient = grad * gradient
+        return cast(Tensor, _Once.apply(gradient, *depends_on)) if torch.is_grad_enabled() else gradient  # type: ignore[no-untyped-call]
+    return gradient.mul_(grad)
 
 
 @torch.library.custom_op("recblocks::sampled_softmax_weighted_sum", mutates_args=())
 def _weighted_sum(
     queries: Tensor,
+    positives: Tensor,
+    shift: Tensor | None,
     negatives: Tensor,
     bias: Tensor | None,
     inverse_temperature: Tensor,
-    positive_logits: Tensor,
     weights: Tensor,
     pair_queries: Tensor | None,
     masked: Tensor | None,
     own: list[Tensor],
     present: Tensor | None,
     wanted: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Sum of w softplus(L - s), then what `sweep` returns: each row's L and the gradients of the sum."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Sum of w softplus(L - s), each row's L, each pair's s, and the gradients of the sum.
+
+    These are of queries (U, D), positives (R, D), negatives (N, D), bias (N,) and inverse temperature (), each an empty
+    tensor where it is not wanted.
+    """
+    products = _products(queries, positives, pair_queries)
+    positive_logits = products * inverse_temperature
+    if shift is not None:
+        positive_logits += shift
 
     def upstream(log_sum_exp: Tensor, chunk: slice) -> Tensor:
         if pair_queries is None:
@@ -180,34 +196,81 @@ def _weighted_sum(
         return torch.zeros_like(log_sum_exp).index_add_(0, pair_queries, slopes)[chunk]
 
     pool = Pool(negatives, bias, masked, own, present)
-    swept = sweep(queries, pool, inverse_temperature, upstream if any(wanted) else None, Wanted(*wanted))
-    return (weights * _pair_losses(swept[0], positive_logits, pair_queries)).sum(), *swept
+    wants = Wanted(wanted[0], *wanted[2:])
+    swept = sweep(queries, pool, inverse_temperature, upstream if any(wants) else None, wants)
+    log_sum_exp, grad_queries, grad_negatives, grad_bias, grad_inverse = swept
+    total = (weights * _pair_losses(log_sum_exp, positive_logits, pair_queries)).sum()
+    grad_positives = torch.empty_like(positives) if wanted[1] else positives.new_empty(0)
+    pull = -_pair_slopes(log_sum_exp, positive_logits, weights, pair_queries)
+    if wants.queries:
+        grad_inverse += (pull * products).sum()
+        _add_positives_(grad_queries, pull * inverse_temperature, positives, pair_queries)
+    if wanted[1]:
+        _put_queries_(grad_positives, pull * inverse_temperature, queries, pair_queries)
+    return total, log_sum_exp, positive_logits, grad_queries, grad_positives, grad_negatives, grad_bias, grad_inverse
+
+
+def _products(queries: Tensor, positives: Tensor, pair_queries: Tensor | None) -> Tensor:
+    """<u, p> of each pair (R,)."""
+    products = positives.new_empty(positives.shape[0])
+    for chunk in _some_at_a_time(positives):
+        products[chunk] = (_queries_of(queries, pair_queries, chunk) * positives[chunk]).sum(1)
+    return products
+
+
+def _add_positives_(grad_queries: Tensor, pull: Tensor, positives: Tensor, pair_queries: Tensor | None) -> None:
+    """Add ``pull[r] * positives[r]`` to the query of each pair."""
+    for chunk in _some_at_a_time(positives):
+        if pair_queries is None:
+            grad_queries[chunk].addcmul_(pull[chunk, None], positives[chunk])
+        else:
+            grad_queries.index_add_(0, pair_queries[chunk], pull[chunk, None] * positives[chunk])
+
+
+def _put_queries_(grad_positives: Tensor, pull: Tensor, queries: Tensor, pair_queries: Tensor | None) -> None:
+    """Write ``pull[r]`` times the query of each pair."""
+    for chunk in _some_at_a_time(grad_positives):
+        torch.mul(pull[chunk, None], _queries_of(queries, pair_queries, chunk), out=grad_positives[chunk])
+
+
+def _some_at_a_time(pairs: Tensor) -> list[slice]:
+    """Pairs of which nothing as large as all of them is held beside them."""
+    return [slice(start, start + _PAIRS) for start in range(0, pairs.shape[0], _PAIRS)]
+
+
+def _queries_of(queries: Tensor, pair_queries: Tensor | None, chunk: slice) -> Tensor:
+    return queries[chunk] if pair_queries is None else queries.index_select(0, pair_queries[chunk])
 
 
 @_weighted_sum.register_fake
-def _(queries: Tensor, negatives: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    log_sum_exp = queries.new_empty(queries.shape[0])
-    return queries.new_empty(()), log_sum_exp, *empty_gradients(queries, negatives, Wanted(*others[-1]))
+def _(queries: Tensor, positives: Tensor, _: Tensor | None, negatives: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    wanted: list[bool] = others[-1]
+    of_queries, *rest = empty_gradients(queries, negatives, Wanted(wanted[0], *wanted[2:]))
+    of_positives = torch.empty_like(positives) if wanted[1] else positives.new_empty(0)
+    numbers = queries.new_empty(()), queries.new_empty(queries.shape[0]), queries.new_empty(positives.shape[0])
+    return *numbers, of_queries, of_positives, *rest
 
 
 def _setup_weighted_sum(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.num_own = len(inputs[-3])
-    ctx.save_for_backward(*output[1:], *inputs[:7])
+    ctx.save_for_backward(*output[1:], *inputs[:8])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # no zeros in the size of the gradients for outputs nobody differentiates
 
 
 def _backward_weighted_sum(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | list[None] | None, ...]:
     if grad is None:
-        return *[None] * 8, [None] * ctx.num_own, None, None
+        return *[None] * 9, [None] * ctx.num_own, None, None
     saved = ctx.saved_tensors  # under activation checkpointing they can be read once
-    (log_sum_exp, *of_columns), inputs = saved[:5], saved[5:]
-    *_, positive_logits, weights, pair_queries = inputs
+    (log_sum_exp, positive_logits, of_queries, of_positives, *of_columns, of_inverse), inputs = saved[:7], saved[7:]
+    *_, weights, pair_queries = inputs
     slopes = _pair_slopes(log_sum_exp, positive_logits, weights, pair_queries)
     losses = _pair_losses(log_sum_exp, positive_logits, pair_queries).masked_fill(weights == 0, 0)
     gradients = [
-        _once(grad * gradient, *inputs) if needed else None
-        for gradient, needed in zip([*of_columns, -slopes, losses], ctx.needs_input_grad, strict=False)
+        _scaled(gradient, grad, *inputs) if needed else None
+        for gradient, needed in zip(
+            [of_queries, of_positives, -slopes, *of_columns, of_inverse, losses], ctx.needs_input_grad, strict=False
+        )
     ]
     return *gradients, None, None, [None] * ctx.num_own, None, None
 
