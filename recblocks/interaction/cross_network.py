@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from recblocks import _checks
+from recblocks.kernels.cross.dispatch import cross_layer, runs_on
 
 
 class CrossNetwork(nn.Module):
@@ -106,14 +107,25 @@ class CrossNetwork(nn.Module):
         if x.ndim == 0 or x.shape[-1] != self.in_dim:
             raise ValueError(f"x must have shape (..., {self.in_dim}), got {_checks.describe(x)}")
         first = crossed = x.to(next(self.parameters()).dtype)
+        last: nn.Module
         for layer in self.layers:
-            transformed = layer(crossed) if self.gate is None else layer(crossed, self.gate(crossed).softmax(-1))
-            crossed = first * transformed + crossed
+            if isinstance(layer, _LowRank):
+                gates = None if self.gate is None else self.gate(crossed).softmax(-1)
+                hidden, last = layer(crossed, gates), layer.up
+            else:
+                hidden, last = crossed, layer
+            if runs_on(first, crossed, hidden, last):
+                crossed = cross_layer(first, crossed, hidden, last.weight, last.bias)
+            else:
+                crossed = torch.addcmul(crossed, first, last(hidden))
         return crossed
 
 
 class _LowRank(nn.Module):
-    """``U Vᵀ x + b``, or with gates the gated sum over experts; x is (..., D) and gates (..., num_experts)."""
+    """``Vᵀ x``, or with gates what the experts make of it, for ``up``, which holds every U and b, to multiply.
+
+    x is (..., D) and gates (..., num_experts).
+    """
 
     def __init__(
         self,
@@ -142,8 +154,7 @@ class _LowRank(nn.Module):
             experts = hidden.reshape(*gates.shape, self.rank).relu()
             experts = torch.einsum("...ei,eoi->...eo", experts, self.mix).relu()
             hidden = (gates[..., None] * experts).flatten(-2)
-        out: Tensor = self.up(hidden)
-        return out
+        return hidden
 
 
 def _draw(linear: nn.Linear, fans: int) -> None:

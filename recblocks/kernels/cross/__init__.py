@@ -1,0 +1,1 @@
+"""Backends of a layer of the cross network."""
