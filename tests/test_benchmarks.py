@@ -3,12 +3,13 @@
 import importlib.util
 import itertools
 import json
+import math
 
 import pytest
 import torch
 
 from benchmarks import __main__ as runner
-from benchmarks import _comparison, _machine, bench_sampled_softmax, bench_time
+from benchmarks import _comparison, _machine, bench_sampled_softmax, bench_time, draw
 from benchmarks._comparison import Comparison, extra_bytes, is_wrong, measure, missed
 
 CPU = torch.device("cpu")
@@ -148,6 +149,49 @@ def test_a_kernel_that_is_broken_on_purpose_turns_the_run_red(monkeypatch, capsy
     monkeypatch.setattr(bench_time, "log_periodic_features", lambda t, **how: right(t + 1, **how))
     assert runner.main(["time"]) == 1
     assert "recblocks is wrong by" in capsys.readouterr().out
+
+
+def seen(op, **sizes):
+    """A result of a run: ours, a slower peer, and one that is wrong."""
+    seconds = 1e-6 * math.prod(sizes.values())
+    rows = [
+        {
+            "form": name,
+            "error": 1e-7,
+            "seconds": time,
+            "spread": [0.9 * time, 1.2 * time],
+            "extra_bytes": 2**21,
+            "of_floor": 0.5,
+        }
+        for name, time in (("ours", seconds), ("peer", 2 * seconds))
+    ]
+    rows.append(
+        {"form": "broken", "error": 3.0, "seconds": None, "spread": None, "extra_bytes": None, "of_floor": None}
+    )
+    kept = {"dtype": "float32", "allowed": 1e-6, "bars": {"peer": 3.0}, "absent": {"Liger": "not installed"}}
+    return {"op": op, "sizes": sizes, "rows": rows, "missed": ["2.00 times peer, not 3"], **kept}
+
+
+def test_what_was_seen_becomes_a_page_of_tables_and_pictures(tmp_path):
+    machine = {"processor": "a CPU", "threads": 2, "versions": {"torch": "2.13"}, "commit": "0123456789abcdef"}
+    results = [seen("loss", rows=4096, columns=100)]
+    results += [seen("loss as rows double", rows=1024 * 2**at, columns=100) for at in range(4)]
+    found = {"machine": machine, "rates": {"float32": {"flops": 2e11, "bytes": 2e10}}, "results": results}
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(found))
+    draw.main([str(path), str(tmp_path / "page")])
+    page = (tmp_path / "page" / "index.md").read_text()
+    assert "a CPU, 2 threads; torch 2.13; commit 0123456789ab. products of float32 200 GFLOP/s" in page
+    assert "| rows 4,096, columns 100 | ours | 410 | 1.00 | 50% | 2 | 1.0e-07 |" in page
+    assert "| rows 4,096, columns 100 | peer | 819 | 2.00 | 50% | 2 | 1.0e-07 |" in page
+    assert "| broken | wrong: not timed |" in page
+    assert "| Liger | absent: not installed |" in page
+    assert page.count("Missed: 2.00 times peer, not 3.") == 5
+    for name in ("loss-0.svg", "loss-as-rows-double-0.svg"):
+        assert name in page
+        picture = (tmp_path / "page" / name).read_text()
+        assert picture.startswith("<?xml")
+    assert len(list((tmp_path / "page").iterdir())) == 3
 
 
 @pytest.mark.skipif(
