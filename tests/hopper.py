@@ -56,6 +56,6 @@ def build(function, types, fixed, aligned=(), **options):
         command = [ptxas, "-v", "--gpu-name", "sm_90a", path, "-o", path.with_suffix(".cubin")]
         said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     spilled = sum(map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", said)))
-    products = len(re.findall(r"wgmma\.mma_async", code))
+    products = len(re.findall(r"wgmma\.mma_async|\bmma\.sync", code))
     copies = len(re.findall(r"cp\.async\.c[ag]", code))
     print(json.dumps([function.__name__, spilled, compiled.metadata.shared, products, copies]))
