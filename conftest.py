@@ -34,7 +34,7 @@ def _mend_interpreter() -> None:
         return create_dot(self, _widened(a), _widened(b), *others)
 
     def _widened(matrix):
-        if matrix.dtype.scalar.name != "bf16":
+        if matrix.dtype.scalar.name != "bf16" or matrix.data.dtype != np.uint16:
             return matrix
         data = (matrix.data.astype(np.uint32) << 16).view(np.float32)
         return interpreter.TensorHandle(data, interpreter.tl.float32)

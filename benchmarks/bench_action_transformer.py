@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from benchmarks._comparison import Comparison
-from recblocks import ActionTransformer
+from recblocks import ActionTransformer, OutputCompression
 
 NUM_CANDIDATES, SLOTS, ITEM_DIM, TYPE_DIM, NUM_TYPES, NUM_USERS = 1000, 100, 32, 32, 6, 4
+NUM_OF_A_BATCH = 256  # on a GPU, with the compression
 CHUNK = 26  # what encode_candidates takes at a time at 100 slots and one head
 
 User: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -78,3 +79,41 @@ def comparisons(device: torch.device) -> Iterator[Comparison]:
             allowed=1e-5,
             bars={"a row a candidate": 1.4},
         )
+    if device.type == "cuda":
+        yield in_bfloat16(model, device)
+
+
+def in_bfloat16(model: ActionTransformer, device: torch.device) -> Comparison:
+    """What one kernel of a GPU does, compression included."""
+    half = copy.deepcopy(model).bfloat16()
+    wide = copy.deepcopy(half).double()
+    batches = [
+        (item.bfloat16(), action_type, valid, candidates[:NUM_OF_A_BATCH].bfloat16())
+        for item, action_type, valid, candidates in users(device, fewer=20)
+    ]
+    compression = OutputCompression(10)
+    return Comparison(
+        op="one user's candidates, TransAct, compressed",
+        sizes={"candidates": NUM_OF_A_BATCH, "slots": SLOTS, "width": model.out_dim},
+        dtype="bfloat16",
+        batches=batches,
+        exact=lambda user: compressed(compression, wide, (user[0].double(), *user[1:3], user[3].double())),
+        forms={
+            "the user once": functools.partial(shared_and_compressed, compression, half),
+            "a row a candidate": functools.partial(compressed, compression, half),
+        },
+        allowed=2**-5,  # of the largest number: some ten roundings to bfloat16, one behind the other
+    )
+
+
+@torch.inference_mode()
+def compressed(compression: OutputCompression, model: ActionTransformer, user: User) -> list[Tensor]:
+    (out,) = rows(model, user)
+    return [compression(out, user[2].expand(len(out), -1))]
+
+
+@torch.inference_mode()
+def shared_and_compressed(compression: OutputCompression, model: ActionTransformer, user: User) -> list[Tensor]:
+    item, action_type, valid, candidates = user
+    encoded = model.encode_user(item, action_type, valid=valid)
+    return [model.encode_candidates(encoded, candidates, compression=compression)]

@@ -5,8 +5,10 @@ The plain form takes its sines and cosines in float64, where times of today have
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -14,11 +16,12 @@ from torch import Tensor
 
 from benchmarks._comparison import Comparison
 from benchmarks._compiled import compiled
-from recblocks import PINNERFORMER_PERIODS, log_periodic_features, log_spaced_periods
-from recblocks.features.time import gap_to_next_older, time_since_latest
+from recblocks import PINNERFORMER_PERIODS, LogPeriodicTimeEncoder, log_spaced_periods
+from recblocks.features.time import encode_action_times, gap_to_next_older, time_since_latest
 
 NUM_USERS, SLOTS, NUM_BATCHES = 256, 256, 4
 BETWEEN = log_spaced_periods(32, shortest=1.0, longest=28 * 86400.0)
+Encoders: TypeAlias = tuple[LogPeriodicTimeEncoder, LogPeriodicTimeEncoder, LogPeriodicTimeEncoder]
 USES = PINNERFORMER_PERIODS, BETWEEN, BETWEEN
 
 
@@ -32,8 +35,12 @@ def spans(time: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return time, time_since_latest(time), gap_to_next_older(time)
 
 
-def ours(time: Tensor) -> list[Tensor]:
-    return _apart([log_periodic_features(t, periods=p, unit="ms") for t, p in zip(spans(time), USES, strict=True)])
+@torch.no_grad()
+def ours(encoders: Encoders, time: Tensor) -> list[Tensor]:
+    found = encode_action_times(time, None, None, encoders)
+    if len(found) == 1:  # of one kernel
+        found = list(found[0].split([encoder.out_dim for encoder in encoders], -1))
+    return _apart(found)
 
 
 def in_float64(time: Tensor) -> list[Tensor]:
@@ -66,13 +73,15 @@ def comparisons(device: torch.device) -> Iterator[Comparison]:
     generator = torch.Generator().manual_seed(0)
     num = NUM_USERS * SLOTS
     width = sum(2 * len(periods) + 1 for periods in USES)
+    first, second, third = (LogPeriodicTimeEncoder(periods, unit="ms", device=device) for periods in USES)
     yield Comparison(
         op="log-periodic time, three uses",
         sizes={"users": NUM_USERS, "slots": SLOTS},
         dtype="int64 to float32",
         batches=[times(generator).to(device) for _ in range(NUM_BATCHES)],
         exact=exact,
-        forms={"recblocks": ours, "float64": in_float64} | compiled("float64", in_float64, device),
+        forms={"recblocks": functools.partial(ours, (first, second, third)), "float64": in_float64}
+        | compiled("float64", in_float64, device),
         allowed=2e-6,
         moved=num * (8 + 4 * width),
         bars={"float64": 3.0},

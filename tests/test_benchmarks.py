@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from benchmarks import __main__ as runner
-from benchmarks import _comparison, _machine, bench_sampled_softmax, bench_time, draw
+from benchmarks import _comparison, _machine, bench_action_transformer, bench_sampled_softmax, bench_time, draw
 from benchmarks._comparison import Comparison, extra_bytes, is_wrong, measure, missed
+from recblocks import ActionTransformer
 
 CPU = torch.device("cpu")
 RATES = _machine.Rates(flops=1e9, bytes=1e9)
@@ -145,8 +146,8 @@ def test_a_run_is_written_down_and_set_beside_an_earlier_one(monkeypatch, tmp_pa
 
 def test_a_kernel_that_is_broken_on_purpose_turns_the_run_red(monkeypatch, capsys):
     small(monkeypatch)
-    right = bench_time.log_periodic_features
-    monkeypatch.setattr(bench_time, "log_periodic_features", lambda t, **how: right(t + 1, **how))
+    right = bench_time.encode_action_times
+    monkeypatch.setattr(bench_time, "encode_action_times", lambda t, *how: right(t + 1, *how))
     assert runner.main(["time"]) == 1
     assert "recblocks is wrong by" in capsys.readouterr().out
 
@@ -204,6 +205,14 @@ def test_what_is_for_a_gpu_is_right_in_the_interpreter(monkeypatch):
     assert triton.form == "triton"
     assert triton.seconds is not None
     assert [row.form for row in others if row.seconds is not None] == ["chunked", "eager"]
+
+
+def test_what_is_compressed_on_a_gpu_is_right_by_either_way(monkeypatch):
+    monkeypatch.setattr(bench_action_transformer, "NUM_OF_A_BATCH", 3)
+    torch.manual_seed(0)
+    model = ActionTransformer(item_dim=32, num_action_types=6, type_dim=32).eval()
+    rows = measure(bench_action_transformer.in_bfloat16(model, CPU)._replace(rounds=2), RATES, CPU)
+    assert [row.form for row in rows if row.seconds is not None] == ["the user once", "a row a candidate"]
 
 
 def test_a_benchmark_that_there_is_not_is_refused(capsys):
