@@ -1,6 +1,7 @@
 """Every test runs on one thread with a fixed seed; RECBLOCKS_HYPOTHESIS names the profile that draws the examples."""
 
 import os
+from collections.abc import Iterator
 
 import hypothesis
 import pytest
@@ -17,6 +18,14 @@ hypothesis.settings.load_profile(os.environ.get("RECBLOCKS_HYPOTHESIS", "ci"))
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def unwritten_is_nan() -> Iterator[None]:
+    """What a kernel does not write into new memory is NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -12,14 +12,7 @@ from recblocks.sequence import action_transformer
 
 kernels = pytest.importorskip("recblocks.kernels.action_transformer.triton", exc_type=ImportError)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-@pytest.fixture(autouse=True)
-def _poison():
-    """What a kernel does not write is NaN."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("unwritten_is_nan")
 
 
 @pytest.fixture(autouse=True)

@@ -3,6 +3,7 @@
 import hopper
 import pytest
 import torch
+from poison import inside_nan
 
 from recblocks import CrossNetwork
 from recblocks.interaction import cross_network
@@ -10,21 +11,11 @@ from recblocks.kernels.cross import dispatch
 
 kernels = pytest.importorskip("recblocks.kernels.cross.triton", exc_type=ImportError)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.usefixtures("unwritten_is_nan")
 
 
-@pytest.fixture(autouse=True)
-def _poison():
-    """What a kernel does not write is NaN."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-def inside_nan(generator, dtype, *shape):
-    """Random numbers between others that no kernel may read."""
-    around = torch.full((shape[0] + 2, *shape[1:]), torch.nan, dtype=dtype)
-    around[1:-1] = torch.randn(shape, generator=generator)
-    return around.to(DEVICE)[1:-1]
+def drawn(generator, dtype, *shape):
+    return inside_nan(torch.randn(shape, generator=generator).to(DEVICE, dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -33,9 +24,9 @@ def inside_nan(generator, dtype, *shape):
 )
 def test_a_layer_is_that_of_float64(rows, dim, num_hidden, dtype):
     generator = torch.Generator().manual_seed(rows)
-    first, crossed = (inside_nan(generator, dtype, rows, dim) for _ in range(2))
-    hidden, weight = inside_nan(generator, dtype, rows, num_hidden), inside_nan(generator, dtype, dim, num_hidden)
-    bias = inside_nan(generator, dtype, dim)
+    first, crossed = (drawn(generator, dtype, rows, dim) for _ in range(2))
+    hidden, weight = drawn(generator, dtype, rows, num_hidden), drawn(generator, dtype, dim, num_hidden)
+    bias = drawn(generator, dtype, dim)
     got = dispatch.cross_layer(first, crossed, hidden, weight, bias)
     assert got.dtype == dtype
     by, add, left, right, more = (one.double() for one in (first, crossed, hidden, weight, bias))
@@ -47,6 +38,15 @@ def test_a_layer_is_that_of_float64(rows, dim, num_hidden, dtype):
         rounding *= 2  # the interpreter cuts off
     allowed = by.abs() * (terms + 2 * rounding * transformed.abs()) + 2 * rounding * add.abs() + 1e-7
     assert ((got.double() - (by * transformed + add)).abs() <= allowed).all()
+
+
+def test_a_product_is_rounded_as_it_is_by_itself():
+    """256 + 1 is no bfloat16: training, which makes the product alone, sees 256, and so does what serves."""
+    hidden, weight = torch.tensor([[256.0, 1.0]]), torch.ones(1, 2)
+    given = [torch.ones(1, 1), torch.full((1, 1), -256.0), hidden, weight, torch.zeros(1)]
+    first, crossed, hidden, weight, bias = (one.to(DEVICE, torch.bfloat16) for one in given)
+    assert dispatch.cross_layer(first, crossed, hidden, weight, bias) == 0
+    assert torch.addcmul(crossed, first, torch.nn.functional.linear(hidden, weight, bias)) == 0
 
 
 @pytest.mark.parametrize("kind", [{}, {"rank": 3}, {"rank": 3, "num_experts": 2}])

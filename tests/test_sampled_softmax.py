@@ -854,14 +854,14 @@ def test_a_gpu_takes_triton_where_its_kernels_are_good_for_something(monkeypatch
         (True, (9, 0), torch.float32, 65, "chunked"),
         (True, (9, 0), torch.bfloat16, 257, "chunked"),
     ]:
-        monkeypatch.setattr(softmax_dispatch, "_HAS_TRITON", has)
+        monkeypatch.setattr(softmax_dispatch, "HAS_TRITON", has)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, capability=capability: capability)
         assert resolve("auto", gpu, dtype, dim) == want
     with pytest.raises(
         ValueError, match=r"'triton' must get embeddings of at most 64 numbers of torch.float32, got 65"
     ):
         resolve("triton", gpu, torch.float32, 65)
-    monkeypatch.setattr(softmax_dispatch, "_HAS_TRITON", False)
+    monkeypatch.setattr(softmax_dispatch, "HAS_TRITON", False)
     monkeypatch.setitem(sys.modules, "triton", None)
     with pytest.raises(ImportError, match="pip install triton"):
         resolve("triton", gpu, torch.float32, 64)

@@ -4,31 +4,18 @@ import hopper
 import pytest
 import torch
 from largest import Largest
+from poison import inside_nan
 
 from recblocks import own_positive_mask, sampled_softmax_loss
 from recblocks.kernels.own_positives import owned_ranges
 
 kernels = pytest.importorskip("recblocks.kernels.sampled_softmax.triton", exc_type=ImportError)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.usefixtures("unwritten_is_nan")
 # Of logits below 40 a float32 is off by 40 * 2**-24, a probability by as large a share of it, and a sum by a few.
 FLOAT32 = 200 * torch.finfo(torch.float32).eps
 # A probability is rounded to bfloat16 before it meets an embedding, and so is the sum.
 BFLOAT16 = 2 * 2**-8
-
-
-@pytest.fixture(autouse=True)
-def _poison():
-    """What a kernel does not write is NaN."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-def inside_nan(values):
-    """The same numbers between others that no kernel may read."""
-    around = torch.full((values.shape[0] + 2, *values.shape[1:]), torch.nan, dtype=values.dtype)
-    around[1:-1] = values
-    return around.to(DEVICE)[1:-1]
 
 
 def case(rows, columns, dim, dtype, mask="own", num_items=None, seed=0):
@@ -40,9 +27,10 @@ def case(rows, columns, dim, dtype, mask="own", num_items=None, seed=0):
     def ids(most, number):
         return torch.randint(most, (number,), generator=generator).to(DEVICE) * 7919 - 10**12
 
-    embeddings = [inside_nan((draw(n, dim) / dim**0.25).to(dtype)) for n in (rows, rows, columns)]
-    log_q = inside_nan(-torch.rand(rows + columns, generator=generator))
-    weights = inside_nan(torch.rand(rows, generator=generator) * (torch.rand(rows, generator=generator) > 0.1))
+    embeddings = [inside_nan((draw(n, dim) / dim**0.25).to(DEVICE, dtype)) for n in (rows, rows, columns)]
+    log_q = inside_nan(-torch.rand(rows + columns, generator=generator).to(DEVICE))
+    weights = torch.rand(rows, generator=generator) * (torch.rand(rows, generator=generator) > 0.1)
+    weights = inside_nan(weights.to(DEVICE))
     keywords = {"log_q_positives": log_q[:rows], "log_q_negatives": log_q[rows:], "weights": weights}
     users, num_items = ids(rows // 3 + 1, rows), num_items or columns // 2 + 1
     own = users, ids(num_items, columns), users, ids(num_items, rows)

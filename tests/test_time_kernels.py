@@ -12,17 +12,10 @@ from recblocks.kernels.time_waves import dispatch
 
 kernels = pytest.importorskip("recblocks.kernels.time_waves.triton", exc_type=ImportError)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.usefixtures("unwritten_is_nan")
 BETWEEN = log_spaced_periods(32, shortest=1, longest=28 * 86400)
 USES = PINNERFORMER_PERIODS, BETWEEN, BETWEEN
 TOLERANCE = 2e-6
-
-
-@pytest.fixture(autouse=True)
-def _poison():
-    """What a kernel does not write is NaN."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def frequencies_of(periods, unit="ms"):
@@ -145,14 +138,14 @@ def test_the_operator_is_one_of_torch(some_valid):
 
 
 def test_what_takes_one_kernel(monkeypatch):
-    monkeypatch.setattr(dispatch, "_on_a_gpu", lambda _: True)
+    monkeypatch.setattr(dispatch, "on_nvidia", lambda _: True)
     time, phase = torch.zeros(2, 3, dtype=torch.int64), torch.zeros(4)
     assert dispatch.in_one_kernel(time, [phase, phase.bfloat16()])
     assert not dispatch.in_one_kernel(time.double(), [phase])
     assert not dispatch.in_one_kernel(time, [phase, None])
     assert not dispatch.in_one_kernel(time, [phase, phase.double()])
     monkeypatch.undo()
-    assert not dispatch._on_a_gpu([time])
+    assert not dispatch.on_nvidia([time])
 
 
 BUILDING = """

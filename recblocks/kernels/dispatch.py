@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from torch import Tensor
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+def on_nvidia(given: Iterable[Tensor]) -> bool:
+    """Whether all of them are on an NVIDIA GPU, and Triton's kernels are to be had."""
+    return HAS_TRITON and torch.version.hip is None and all(one.device.type == "cuda" for one in given)
 
 
 def transformed() -> bool:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from recblocks.kernels.dispatch import watched
+from recblocks.kernels.dispatch import on_nvidia, watched
 
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
 _MOST = 128  # tokens, and numbers of one, of which a multiprocessor's registers hold all
 _MOST_LAYERS, _OF_A_LAYER = 2, 12  # the tensors of more take registers too
 
@@ -21,14 +19,14 @@ def runs_on(user: Sequence[Tensor], valid: Tensor, candidates: Tensor, layers: S
 
     Tokens may be 128, and 128 numbers wide, and layers two.
     """
-    if not _HAS_TRITON or torch.version.hip is not None or watched() or torch.is_autocast_enabled("cuda"):
+    if watched() or torch.is_autocast_enabled("cuda"):
         return False
     if valid.shape[1] == 0 or len(layers) > _MOST_LAYERS * _OF_A_LAYER:
         return False
     every = [*user, candidates, *layers]
     if candidates.dtype not in (torch.bfloat16, torch.float16) or max(*user[0].shape[1:], candidates.shape[-1]) > _MOST:
         return False
-    if any(one.device.type != "cuda" or one.dtype != candidates.dtype for one in every):
+    if not on_nvidia(every) or any(one.dtype != candidates.dtype for one in every):
         return False
     return not (torch.is_grad_enabled() and any(one.requires_grad for one in every))
 

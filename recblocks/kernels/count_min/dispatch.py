@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from recblocks.kernels.dispatch import transformed
-
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
+from recblocks.kernels.dispatch import on_nvidia, transformed
 
 
 def runs_on(ids: Tensor) -> bool:
     """Whether `add` and `answer` take them: on an NVIDIA GPU, with Triton, outside of transforms and exports."""
-    if ids.device.type != "cuda" or transformed() or torch.compiler.is_exporting():
-        return False
-    return _HAS_TRITON and torch.version.hip is None
+    return on_nvidia([ids]) and not transformed() and not torch.compiler.is_exporting()
 
 
 @torch.library.custom_op("recblocks::count_min_add", mutates_args=("pending", "total"))

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from recblocks.kernels.dispatch import transformed
-
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
+from recblocks.kernels.dispatch import on_nvidia, transformed
 
 
 def runs_on(first: Tensor, crossed: Tensor, hidden: Tensor, last: nn.Module) -> bool:
@@ -19,14 +16,12 @@ def runs_on(first: Tensor, crossed: Tensor, hidden: Tensor, last: nn.Module) -> 
     All are of one dtype on an NVIDIA GPU, without gradients, autocast and transforms. A gradient needs the product
     itself, which is then better made alone.
     """
-    if not _HAS_TRITON or torch.version.hip is not None or transformed() or torch.compiler.is_exporting():
+    if transformed() or torch.compiler.is_exporting() or torch.is_autocast_enabled("cuda"):
         return False
     if type(last) is not nn.Linear or last._forward_hooks or last._forward_pre_hooks or first.ndim < 2:
         return False
     given = first, crossed, hidden, last.weight, last.bias
-    if any(one.device.type != "cuda" or one.dtype != first.dtype for one in given) or first.dtype == torch.float64:
-        return False
-    if torch.is_autocast_enabled("cuda"):
+    if not on_nvidia(given) or any(one.dtype != first.dtype for one in given) or first.dtype == torch.float64:
         return False
     return not (torch.is_grad_enabled() and any(one.requires_grad for one in given))
 

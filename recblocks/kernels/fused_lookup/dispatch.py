@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
@@ -13,7 +12,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from recblocks import _checks
-from recblocks.kernels.dispatch import transformed, watched
+from recblocks.kernels.dispatch import HAS_TRITON, transformed, watched
 from recblocks.kernels.fused_lookup import cpp
 from recblocks.kernels.fused_lookup.apart import look
 from recblocks.kernels.fused_lookup.asked import ELEMENTS, Asked
@@ -21,7 +20,6 @@ from recblocks.kernels.fused_lookup.asked import ELEMENTS, Asked
 BACKENDS = ("auto", "reference", "cpp", "triton")
 
 _PLAIN = frozenset((Tensor, Parameter))
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def resolve(backend: str, device: torch.device) -> str | None:
@@ -39,13 +37,13 @@ def resolve(backend: str, device: torch.device) -> str | None:
             raise ValueError(f"backend 'cpp' must run on a CPU, got {device}")
         return backend
     if backend == "triton":
-        if not _HAS_TRITON:
+        if not HAS_TRITON:
             _checks.optional("triton", "pip install triton")
         return backend
     if backend == "reference" or torch.compiler.is_exporting() or transformed():
         return None
     if device.type == "cuda":
-        return "triton" if _HAS_TRITON else None
+        return "triton" if HAS_TRITON else None
     return "cpp" if device.type == "cpu" and cpp.is_available() else None
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from types import ModuleType
 from typing import Any
 
@@ -11,13 +10,12 @@ import torch
 from torch import Tensor
 
 from recblocks import _checks
-from recblocks.kernels.dispatch import transformed
+from recblocks.kernels.dispatch import HAS_TRITON, transformed
 from recblocks.kernels.own_positives import Ranges, owned_ranges
 from recblocks.kernels.sampled_softmax.pool import Pool, Wanted, empty_gradients, refuse
 
 BACKENDS = ("auto", "reference", "chunked", "triton")
 
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
 _WIDEST = {torch.bfloat16: 256}  # numbers of an embedding of which a multiprocessor's registers hold enough lines
 _WIDEST_OF_OTHERS = 64
 
@@ -49,7 +47,7 @@ def resolve(backend: str, device: torch.device, dtype: torch.dtype, dim: int) ->
     if transformed() and backend in ("chunked", "triton"):
         raise RuntimeError(f"backend {backend!r} takes no torch.func transform; take 'auto' or 'reference'")
     if backend == "triton":
-        if not _HAS_TRITON:
+        if not HAS_TRITON:
             _checks.optional("triton", "pip install triton")
         if dim > widest:
             raise ValueError(f"backend 'triton' must get embeddings of at most {widest} numbers of {dtype}, got {dim}")
@@ -58,7 +56,7 @@ def resolve(backend: str, device: torch.device, dtype: torch.dtype, dim: int) ->
         return backend
     if device.type not in ("cpu", "cuda") or transformed():
         return "reference"
-    fits = _HAS_TRITON and dim <= widest and dtype != torch.float64
+    fits = HAS_TRITON and dim <= widest and dtype != torch.float64
     return "triton" if fits and device.type == "cuda" and _is_recent(device) else "chunked"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,10 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from recblocks.kernels.dispatch import transformed, watched
+from recblocks.kernels.dispatch import on_nvidia, transformed, watched
 from recblocks.kernels.time_waves import cpp
-
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def runs_on(t: Tensor, frequencies: Tensor, phase: Tensor | None) -> bool:
@@ -29,7 +26,7 @@ def runs_on(t: Tensor, frequencies: Tensor, phase: Tensor | None) -> bool:
         return False
     if all(one.device.type == "cpu" for one in given):
         return bool(cpp.is_available())
-    return _on_a_gpu(given) and t.dtype == torch.int64
+    return on_nvidia(given) and t.dtype == torch.int64
 
 
 def in_one_kernel(time: Tensor, phases: Sequence[Tensor | None]) -> bool:
@@ -37,11 +34,7 @@ def in_one_kernel(time: Tensor, phases: Sequence[Tensor | None]) -> bool:
     if transformed() or torch.compiler.is_exporting() or time.dtype != torch.int64:
         return False
     given = [one for one in phases if one is not None and one.dtype != torch.float64]
-    return len(given) == len(phases) and _on_a_gpu([time, *given]) and not _in_forward_mode(given)
-
-
-def _on_a_gpu(given: Sequence[Tensor]) -> bool:
-    return _HAS_TRITON and torch.version.hip is None and all(one.device.type == "cuda" for one in given)
+    return len(given) == len(phases) and on_nvidia([time, *given]) and not _in_forward_mode(given)
 
 
 def _in_forward_mode(given: Sequence[Tensor]) -> bool:
