@@ -36,7 +36,8 @@ def count(ids, amounts, pending, total, offset, multipliers, each, num, width, D
         amount = tl.load(amounts + at, mask, 0)
     for row in tl.static_range(DEPTH):
         bucket = _bucket(mixed, multipliers[row // 2], row, width)
-        tl.atomic_add(pending + row * width + bucket, amount, mask, sem="relaxed")
+        tl.atomic_add(pending + bucket, amount, mask, sem="relaxed")
+        pending += width
     tl.atomic_add(total, tl.sum(tl.where(mask, amount, 0)), sem="relaxed")
 
 
@@ -50,8 +51,10 @@ def answer(
     mixed = mix(tl.load(ids + at, mask, 0) + offset)
     smallest = tl.full((IDS,), 2**63 - 1, tl.int64)
     for row in tl.static_range(DEPTH):
-        counter = row * width + _bucket(mixed, multipliers[row // 2], row, width)
-        smallest = tl.minimum(smallest, tl.load(synced + counter, mask, 0) + tl.load(pending + counter, mask, 0))
+        bucket = _bucket(mixed, multipliers[row // 2], row, width)
+        smallest = tl.minimum(smallest, tl.load(synced + bucket, mask, 0) + tl.load(pending + bucket, mask, 0))
+        synced += width
+        pending += width
     tl.store(out + at, smallest.to(tl.float64) / sighting, mask)
 
 

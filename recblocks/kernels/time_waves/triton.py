@@ -101,8 +101,9 @@ def encode(
     STEP: tl.constexpr,
 ):
     """Some slots of a row a program: of every kind the waves, and then the logarithm."""
-    row = tl.program_id(0).to(tl.int64)
-    slot = tl.program_id(1) * SLOTS + tl.arange(0, SLOTS)
+    num_parts = tl.cdiv(num_slots, SLOTS)
+    row = (tl.program_id(0) // num_parts).to(tl.int64)
+    slot = tl.program_id(0) % num_parts * SLOTS + tl.arange(0, SLOTS)
     inside = slot < num_slots
     real = inside
     if MASKED:
@@ -165,7 +166,7 @@ def fill(
     given = tuple(frequencies), tuple(one if phase is None else phase for one, phase in each)
     mask = None if valid is None else valid.view(torch.uint8)
     with torch.cuda.device_of(out):
-        encode[(num_rows, triton.cdiv(num_slots, sizes["SLOTS"]))](
+        encode[(num_rows * triton.cdiv(num_slots, sizes["SLOTS"]),)](
             out, time, mask, *given, per_second, quarters, num_slots, MASKED=mask is not None, **sizes
         )
 
