@@ -104,6 +104,22 @@ def test_columns_that_are_not_the_first_are_compressed_as_ever(monkeypatch):
     torch.testing.assert_close(got[:, :, : picked.shape[2]], picked)
 
 
+def test_a_layer_that_was_swapped_is_called(monkeypatch):
+    class Adapted(torch.nn.Linear):
+        def forward(self, x):
+            return 3 * super().forward(x)
+
+    model = drawn(item_dim=4, type_dim=2)
+    given, candidates = users(model, 2, 5, 2, 0.5)
+    plain = both(model, given, candidates, monkeypatch)[1]
+    adapted = Adapted(32, model.out_dim)
+    adapted.load_state_dict(model.layers[1].ffn_out.state_dict())
+    model.layers[1].ffn_out = adapted
+    got, want = both(model, given, candidates, monkeypatch)
+    assert torch.equal(got, want)
+    assert not torch.allclose(got, plain)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_no_further_from_float64_than_plain_torch(dtype, monkeypatch):
     model = drawn(dtype, item_dim=16, type_dim=8)

@@ -302,7 +302,8 @@ class ActionTransformer(nn.Module):
         candidates = candidates.to(encoded.residual.dtype)
         of_layers = [one for layer in self.layers for one in layer.parameters()]
         has_all = encoded.slots.shape[0] == encoded.valid.shape[1]
-        takes = has_all and (compression is None or compression.columns == "first")
+        is_plain = all(type(part) in (nn.Linear, nn.LayerNorm) for layer in self.layers for part in layer.children())
+        takes = has_all and is_plain and (compression is None or compression.columns == "first")
         if takes and runs_on(encoded[:4], encoded.valid, candidates, of_layers):
             return self._in_one_kernel(encoded, candidates, compression)
         x = self._in_chunks(encoded, candidates)
