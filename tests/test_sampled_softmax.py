@@ -737,7 +737,7 @@ def test_nothing_of_rows_times_columns_is_held(owners):
             queries,
             pool,
             torch.ones(()),
-            lambda _, rows: torch.ones(rows.stop - rows.start),
+            lambda _, rows, __: torch.ones(rows.stop - rows.start),
             Wanted(True, True, True),
         )
     assert tile_rows * columns <= largest.elements < rows * columns / 4
@@ -759,7 +759,9 @@ def test_no_step_waits_for_numbers_on_a_device(mask):
     queries, _, negatives = (meta(x) for x in embeddings)
     pool = Pool(negatives, meta(keywords["log_q_negatives"]), masked, own, torch.empty(6, device="meta") > 0)
     inverse = torch.ones((), device="meta")
-    swept = chunked.sweep(queries, pool, inverse, lambda log_sum_exp, rows: log_sum_exp[rows], Wanted(True, True, True))
+    swept = chunked.sweep(
+        queries, pool, inverse, lambda log_sum_exp, rows, _: log_sum_exp[rows], Wanted(True, True, True)
+    )
     assert [one.shape for one in swept] == [(6,), (6, 4), (9, 4), (9,), ()]
     if INTERPRETED:
         for one in (queries, negatives):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -11,11 +10,11 @@ from torch.nn import functional as F
 
 from recblocks import _checks
 from recblocks.kernels import dispatch
-from recblocks.kernels.own_positives import check_own, own_positive_mask
+from recblocks.kernels.own_positives import check_own
 from recblocks.kernels.sampled_softmax import chunked
-from recblocks.kernels.sampled_softmax.dispatch import log_sum_exp as triton_log_sum_exp
 from recblocks.kernels.sampled_softmax.dispatch import resolve
-from recblocks.kernels.sampled_softmax.pool import Pool, clear_unused, unused_columns
+from recblocks.kernels.sampled_softmax.pool import Pool, unused_columns
+from recblocks.losses._pool_terms import LOG_SUM_EXP, check_log_q, clear, inverse_of, unless_all
 
 Own = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -105,18 +104,18 @@ def sampled_softmax_loss(
     present = _present(weights, pair_queries, queries)
     masks = (masked, [] if own is None else list(own), present.rows)
     if correct_positive:
-        _check_log_q("log_q_positives", log_q_positives, correct_positive, lambda: _absent(present.pairs))
+        check_log_q("log_q_positives", log_q_positives, correct_positive, lambda: _absent(present.pairs))
     else:
         log_q_positives = None
-    _check_log_q("log_q_negatives", log_q_negatives, correct_positive, lambda: unused_columns(*masks))
+    check_log_q("log_q_negatives", log_q_negatives, correct_positive, lambda: unused_columns(*masks))
 
     dtype = torch.promote_types(factors, torch.float32)
     if backend != "triton" or factors == torch.float16:  # whose range ends above the probabilities of a large pool
         factors = dtype
     with dispatch.without_autocast(queries.device):
-        queries, positives = _clear(queries.to(factors), present.rows), _clear(positives.to(dtype), present.pairs)
-        inverse_temperature = _inverse(temperature, positives)
-        shift = None if log_q_positives is None else -_clear(log_q_positives.to(dtype), present.pairs)
+        queries, positives = clear(queries.to(factors), present.rows), clear(positives.to(dtype), present.pairs)
+        inverse_temperature = inverse_of(temperature, positives)
+        shift = None if log_q_positives is None else -clear(log_q_positives.to(dtype), present.pairs)
         bias = None if log_q_negatives is None else -log_q_negatives.to(dtype)
         pool = Pool(negatives.to(factors), bias, *masks)
         weights = positives.new_ones(positives.shape[0]) if weights is None else weights.to(dtype)
@@ -129,10 +128,10 @@ def sampled_softmax_loss(
             positive_logits = (paired * positives).sum(1) * inverse_temperature
             if shift is not None:
                 positive_logits = positive_logits + shift
-            log_sum_exp = _PER_ROW[backend](queries, pool, inverse_temperature)
+            log_sum_exp = LOG_SUM_EXP[backend](queries, pool, inverse_temperature)
             if pair_queries is not None:
                 log_sum_exp = log_sum_exp.index_select(0, pair_queries)
-            losses = _clear(-F.logsigmoid(positive_logits - log_sum_exp), present.pairs)
+            losses = clear(-F.logsigmoid(positive_logits - log_sum_exp), present.pairs)
             if reduction == "none":
                 return losses
             total = (weights * losses).sum()
@@ -140,28 +139,6 @@ def sampled_softmax_loss(
             return total
         weight = weights.sum()
         return total / torch.where(weight == 0, 1, weight)
-
-
-def _log_sum_exp(queries: Tensor, pool: Pool, inverse_temperature: Tensor) -> Tensor:
-    """The reference: all logits at once, (U,) -inf where every column is masked."""
-    negatives, bias, masked, own, _ = clear_unused(pool)
-    logits = (queries * inverse_temperature) @ negatives.t()
-    if bias is not None:
-        logits = logits + bias
-    if own:
-        masked = own_positive_mask(own[0], own[1], own[2], own[3])
-    if masked is None:
-        return torch.logsumexp(logits, dim=1)
-    # The gradient of a row of nothing but -inf is NaN: its logits become 0, and its result is replaced.
-    empty = masked.all(1)
-    if dispatch.transformed():  # vmap has no in-place call on what it did not map
-        logits = logits.masked_fill(masked, -torch.inf).masked_fill(empty[:, None], 0)
-    else:
-        logits.masked_fill_(masked, -torch.inf).masked_fill_(empty[:, None], 0)
-    return torch.logsumexp(logits, dim=1).masked_fill(empty, -torch.inf)
-
-
-_PER_ROW = {"reference": _log_sum_exp, "chunked": chunked.log_sum_exp, "triton": triton_log_sum_exp}
 
 
 class _Present(NamedTuple):
@@ -179,36 +156,11 @@ def _present(weights: Tensor | None, pair_queries: Tensor | None, queries: Tenso
         rows = (
             torch.zeros(queries.shape[0], dtype=torch.int64, device=queries.device).index_add(0, pair_queries, ones) > 0
         )
-    return _Present(_unless_all(pairs), _unless_all(rows))
-
-
-def _unless_all(present: Tensor | None) -> Tensor | None:
-    """None where it is known that all are present, which saves a copy of what they mask."""
-    return None if present is None or (_checks.readable(present) and present.all()) else present
+    return _Present(unless_all(pairs), unless_all(rows))
 
 
 def _absent(present: Tensor | None) -> Tensor:
     return torch.zeros((), dtype=torch.bool) if present is None else ~present
-
-
-def _clear(x: Tensor, present: Tensor | None) -> Tensor:
-    """Zeros in place of absent rows, so that NaN there meets no product."""
-    if present is None:
-        return x
-    return x.masked_fill(~present.view(-1, *[1] * (x.ndim - 1)), 0)
-
-
-def _inverse(temperature: float | Tensor, like: Tensor) -> Tensor:
-    smallest = torch.finfo(like.dtype).tiny  # whose inverse is finite
-    if not isinstance(temperature, Tensor):
-        _checks.number("temperature", temperature, at_least=smallest)
-        return torch.full((), 1 / temperature, dtype=like.dtype, device=like.device)
-    _checks.floating("temperature", temperature)
-    if temperature.ndim != 0:
-        raise ValueError(f"temperature must be a number or have shape (), got {_checks.describe(temperature)}")
-    if _checks.readable(temperature) and not smallest <= temperature.item() < torch.inf:
-        raise ValueError(f"temperature must be finite and at least {smallest:g}, got {temperature.item()!r}")
-    return temperature.to(like).reciprocal()
 
 
 def _check_shapes(
@@ -256,20 +208,6 @@ def _check_pairs(weights: Tensor | None, pair_queries: Tensor | None, num_rows: 
         bad = (pair_queries < 0) | (pair_queries >= num_rows)
         if bad.any():
             raise ValueError(f"pair_queries must be at least 0 and below {num_rows}, got {pair_queries[bad][0].item()}")
-
-
-def _check_log_q(name: str, log_q: Tensor | None, normalised: bool, absent: Callable[[], Tensor]) -> None:
-    """Require finite log probabilities; only a bad one costs a look at what is absent and may hold anything."""
-    if log_q is None or not _checks.readable(log_q):
-        return
-    bad = ~log_q.isfinite()
-    if normalised:
-        bad |= log_q > 0
-    if bad.any():
-        bad &= ~absent()
-        if bad.any():
-            wanted = "finite and at most 0" if normalised else "finite"
-            raise ValueError(f"{name} must be {wanted}, got {log_q[bad][0].item()!r}")
 
 
 def _check_log_q_given(positives: Tensor | None, negatives: Tensor | None, correct_positive: bool) -> None:

@@ -26,14 +26,30 @@ _TILE_BYTES = 16 * 2**20
 _MIN_ROWS = 16
 _PAIRS = 4096  # whose embeddings are gathered at once
 
-# Of every row's log-sum-exp so far (U,) and the rows of one tile: the loss's derivative by those rows' log-sum-exp.
-Upstream = Callable[[Tensor, slice], Tensor]
+# Of every row's log-sum-exp so far (U,), the rows of one tile and their probabilities, which may be changed: the loss's
+# derivative by those rows' log-sum-exp.
+Upstream = Callable[[Tensor, slice, Tensor], Tensor]
+# Sees the rows of one tile and their logits before any is masked.
+Before = Callable[[slice, Tensor], None]
 
 
 def sweep(
-    queries: Tensor, pool: Pool, inverse_temperature: Tensor, upstream: Upstream | None, wanted: Wanted
+    queries: Tensor,
+    pool: Pool,
+    inverse_temperature: Tensor,
+    upstream: Upstream | None,
+    wanted: Wanted,
+    before: Before | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Go once over all rows.
+
+    Args:
+        queries: (U, D).
+        pool: the columns and their masks; what is masked for every present row is finite.
+        inverse_temperature: () 1/τ.
+        upstream: called once a tile; None: no gradient is made.
+        wanted: which gradients are.
+        before: called once a tile.
 
     Returns:
         log-sum-exp (U,), -inf where every column is masked; then the gradients of queries (U, D), negatives (N, D),
@@ -48,7 +64,6 @@ def sweep(
     if num_rows == 0 or num_columns == 0:
         return log_sum_exp, grad_queries, grad_negatives, grad_bias, grad_inverse
 
-    pool = clear_unused(pool)
     negatives = pool.negatives
     own = OwnPositives(*pool.own) if pool.own else None
     rows = min(num_rows, max(_MIN_ROWS, _TILE_BYTES // (num_columns * queries.element_size())))
@@ -62,6 +77,8 @@ def sweep(
             torch.mm(scaled, negatives.t(), out=tile)
         else:
             torch.addmm(pool.bias, scaled, negatives.t(), out=tile)
+        if before is not None:
+            before(chunk, tile)
         if pool.masked is not None:
             tile.masked_fill_(pool.masked[chunk], -torch.inf)
         if own is not None:
@@ -69,7 +86,7 @@ def sweep(
         log_sum_exp[chunk] = _softmax_(tile)
         if upstream is None:
             continue
-        slope = upstream(log_sum_exp, chunk)[:, None]
+        slope = upstream(log_sum_exp, chunk, tile)[:, None]
         if wanted.queries:
             grad = torch.mm(tile, negatives, out=grad_queries[chunk]).mul_(slope * inverse_temperature)
             grad_inverse += (queries[chunk] * grad).sum() / inverse_temperature
@@ -188,14 +205,14 @@ def _weighted_sum(
     if shift is not None:
         positive_logits += shift
 
-    def upstream(log_sum_exp: Tensor, chunk: slice) -> Tensor:
+    def upstream(log_sum_exp: Tensor, chunk: slice, _: Tensor) -> Tensor:
         if pair_queries is None:
             return _pair_slopes(log_sum_exp[chunk], positive_logits[chunk], weights[chunk], None)
         # Rows of later tiles still have L = -inf and so a slope of 0.
         slopes = _pair_slopes(log_sum_exp, positive_logits, weights, pair_queries)
         return torch.zeros_like(log_sum_exp).index_add_(0, pair_queries, slopes)[chunk]
 
-    pool = Pool(negatives, bias, masked, own, present)
+    pool = clear_unused(Pool(negatives, bias, masked, own, present))
     wants = Wanted(wanted[0], *wanted[2:])
     swept = sweep(queries, pool, inverse_temperature, upstream if any(wants) else None, wants)
     log_sum_exp, grad_queries, grad_negatives, grad_bias, grad_inverse = swept
@@ -289,7 +306,7 @@ def _log_sum_exp(
     present: Tensor | None,
 ) -> Tensor:
     """Each row's L."""
-    pool = Pool(negatives, bias, masked, own, present)
+    pool = clear_unused(Pool(negatives, bias, masked, own, present))
     return sweep(queries, pool, inverse_temperature, None, Wanted(False, False, False))[0]
 
 
@@ -311,8 +328,8 @@ def _log_sum_exp_backward(
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of the sum of slopes * L, in the order of `sweep`."""
-    pool = Pool(negatives, bias, masked, own, present)
-    return sweep(queries, pool, inverse_temperature, lambda _, chunk: slopes[chunk], Wanted(*wanted))[1:]
+    pool = clear_unused(Pool(negatives, bias, masked, own, present))
+    return sweep(queries, pool, inverse_temperature, lambda _, chunk, __: slopes[chunk], Wanted(*wanted))[1:]
 
 
 @_log_sum_exp_backward.register_fake
