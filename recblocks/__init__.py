@@ -44,6 +44,7 @@ from recblocks.features.time import (
 )
 from recblocks.interaction.cross_network import CrossNetwork
 from recblocks.kernels.own_positives import own_positive_mask
+from recblocks.losses.dense_all_action import dense_all_action_loss, positives_in_window
 from recblocks.losses.label_weighted_bce import (
     attribute_weights,
     label_weight_matrix,
@@ -164,6 +165,7 @@ __all__ = [
     "copy_to_collections",
     "coverage_at_k",
     "dense_all_action",
+    "dense_all_action_loss",
     "dense_all_positives",
     "distinct_in_top_k",
     "distinct_per_user",
@@ -198,6 +200,7 @@ __all__ = [
     "paired_bootstrap",
     "positive_engagement",
     "positive_ranks",
+    "positives_in_window",
     "protocol_ranks",
     "quantize_rows",
     "random_time_window_mask",

@@ -421,6 +421,26 @@ def sampled_softmax_pair(query, positive, log_q_positive, columns, temperature):
     return math.log(math.fsum(math.exp(one - largest) for one in scores)) + largest - score
 
 
+def dense_all_action_row(query, positives, negatives, window, temperature, correct_positive):
+    """The sum of a query's pair losses, and how many there are.
+
+    Args:
+        query: (embedding, user, time).
+        positives: of (embedding, user, time, item, log q).
+        negatives: of (embedding, item, log q).
+    """
+    embedding, user, time = query
+    known = [(whose, item) for _, whose, _, item, _ in positives]
+    pool = [(one, item, log_q) for one, _, _, item, log_q in positives] + negatives
+    seen = [(one, log_q) for one, item, log_q in pool if not is_own_positive(user, item, known)]
+    losses = []
+    for one, whose, when, _, log_q in positives:
+        if whose == user and 0 < when - time <= window:
+            corrected = log_q if correct_positive else 0.0
+            losses.append(sampled_softmax_pair(embedding, one, corrected, seen, temperature))
+    return math.fsum(losses), len(losses)
+
+
 def weighted_mean(values, weights):
     """0 where the weights add up to 0."""
     total = math.fsum(weights)

@@ -172,11 +172,15 @@ class _Once(torch.autograd.Function):
         refuse()
 
 
-def _scaled(gradient: Tensor, grad: Tensor, *depends_on: Tensor | None) -> Tensor:
+def once(gradient: Tensor, *depends_on: Tensor | None) -> Tensor:
+    """The gradient; where it could be differentiated by what it depends on, one that refuses."""
+    return cast(Tensor, _Once.apply(gradient, *depends_on)) if torch.is_grad_enabled() else gradient  # type: ignore[no-untyped-call]
+
+
+def scaled(gradient: Tensor, grad: Tensor, *depends_on: Tensor | None) -> Tensor:
     """``grad * gradient``, in the memory of what was kept where no other backward will read it."""
     if watched() or torch._C._autograd._get_current_graph_task_keep_graph():
-        gradient = grad * gradient
-        return cast(Tensor, _Once.apply(gradient, *depends_on)) if torch.is_grad_enabled() else gradient  # type: ignore[no-untyped-call]
+        return once(grad * gradient, *depends_on)
     return gradient.mul_(grad)
 
 
@@ -284,7 +288,7 @@ def _backward_weighted_sum(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Ten
     slopes = _pair_slopes(log_sum_exp, positive_logits, weights, pair_queries)
     losses = _pair_losses(log_sum_exp, positive_logits, pair_queries).masked_fill(weights == 0, 0)
     gradients = [
-        _scaled(gradient, grad, *inputs) if needed else None
+        scaled(gradient, grad, *inputs) if needed else None
         for gradient, needed in zip(
             [of_queries, of_positives, -slopes, *of_columns, of_inverse, losses], ctx.needs_input_grad, strict=False
         )

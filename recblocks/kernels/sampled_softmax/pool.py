@@ -48,13 +48,20 @@ def unused_columns(masked: Tensor | None, own: list[Tensor], present: Tensor | N
     return (masked if present is None else masked | ~present[:, None]).all(0)
 
 
-def clear_unused(pool: Pool) -> Pool:
-    """Zeros in unused columns, because a probability of 0 times NaN is NaN."""
+def clear_unused(pool: Pool, used: Tensor | None = None) -> Pool:
+    """Zeros in unused columns, because a probability of 0 times NaN is NaN.
+
+    Args:
+        pool: the columns and their masks.
+        used: (P,) bool of the first P columns, True = leave it, whatever masks it.
+    """
     if pool.masked is None and not pool.own:
         return pool
     if _finite(pool.negatives) and _finite(pool.bias):
         return pool
     unused = unused_columns(pool.masked, pool.own, pool.present)
+    if used is not None:
+        unused = unused & ~torch.nn.functional.pad(used, (0, unused.shape[0] - used.shape[0]))
     negatives = pool.negatives.masked_fill(unused[:, None], 0)
     return pool._replace(negatives=negatives, bias=None if pool.bias is None else pool.bias.masked_fill(unused, 0))
 
