@@ -147,6 +147,71 @@ def test_packed_and_padded_give_the_same_numbers_and_gradients(lengths, spare):
         torch.testing.assert_close(our, their, rtol=1e-10, atol=1e-10)
 
 
+@hypothesis.given(valid=masks, num_layers=st.integers(1, 3), num_heads=st.sampled_from([1, 2, 4]))
+def test_newest_only_is_the_embedding_at_the_newest_valid_action(valid, num_layers, num_heads):
+    module = encoder(num_layers, num_heads)
+    x = actions(*valid.shape).requires_grad_()
+    every, got = module(x, valid), module(x, valid, newest_only=True)
+    some, first = valid.any(1), valid.int().argmax(1)
+    want = every[torch.arange(len(valid)), first].where(some[:, None], 0)
+    torch.testing.assert_close(got, want, **EXACT)
+    direction = torch.randn(OUT, dtype=torch.float64)
+    inputs = [x, *module.parameters()]
+    ours = torch.autograd.grad((got * direction).sum(), inputs)
+    theirs = torch.autograd.grad((want * direction).sum(), inputs)
+    for our, their in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(our, their, rtol=1e-10, atol=1e-10)
+
+
+@hypothesis.given(lengths=st.lists(st.integers(0, 100), min_size=1, max_size=12).map(torch.tensor))
+def test_newest_only_of_packed_sequences_of_many_lengths(lengths):
+    module = encoder(num_layers=2, max_len=120)
+    x = actions(int(lengths.sum()))
+    offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+    every, got = module(x, offsets=offsets), module(x, offsets=offsets, newest_only=True)
+    want = torch.zeros(len(lengths), OUT, dtype=torch.float64)
+    want[lengths > 0] = every[offsets[:-1][lengths > 0]]
+    torch.testing.assert_close(got, want, **EXACT)
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_newest_only_of_a_row_does_not_see_its_padding_or_its_batch(poison):
+    module = encoder()
+    x = actions(3, SLOTS)
+    lengths = torch.tensor([2, 0, SLOTS])
+    want = module(x, lengths=lengths, newest_only=True)
+    x[0, 2:], x[1] = poison, poison
+    torch.testing.assert_close(module(x, lengths=lengths, newest_only=True), want, rtol=0, atol=0)
+    alone = module(x[:1], lengths=lengths[:1], newest_only=True)
+    torch.testing.assert_close(alone[0], want[0], **EXACT)
+    assert not want[1].any()
+
+
+def test_newest_only_compiles_and_exports_to_one_graph():
+    module = encoder().eval()
+
+    class Newest(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder = module
+
+        def forward(self, x, valid):
+            return self.encoder(x, valid, newest_only=True)
+
+    x, valid = actions(3, SLOTS), torch.arange(SLOTS) < torch.tensor([[2], [0], [SLOTS]])
+    want = Newest()(x, valid)
+    torch.compiler.reset()
+    torch.testing.assert_close(torch.compile(Newest(), fullgraph=True, backend="aot_eager")(x, valid), want, **EXACT)
+    torch.testing.assert_close(torch.export.export(Newest(), (x, valid)).module()(x, valid), want, **EXACT)
+    flat, offsets = pack(x, valid)
+    packed = torch.compile(
+        lambda flat, offsets: module(flat, offsets=offsets, max_length=SLOTS, newest_only=True),
+        fullgraph=True,
+        backend="aot_eager",
+    )
+    torch.testing.assert_close(packed(flat, offsets), want, **EXACT)
+
+
 @hypothesis.given(lengths=st.lists(st.integers(0, 100), min_size=1, max_size=12).map(torch.tensor))
 @hypothesis.example(lengths=torch.tensor([1] * 10 + [17, 100]))
 def test_attention_pads_a_packed_sequence_by_an_eighth_of_the_longest_at_most(lengths):
@@ -224,12 +289,19 @@ def test_a_row_with_nothing_valid_is_zeros_with_zero_gradient():
 
 @pytest.mark.parametrize("shape", [(0, SLOTS), (2, 0), (0, 0)])
 def test_nothing_gives_nothing(shape):
+    newest = encoder()(actions(*shape), newest_only=True)
+    assert newest.shape == (shape[0], OUT)
+    assert newest.requires_grad
+    assert not newest.any()
     assert encoder()(actions(*shape)).shape == (*shape, OUT)
 
 
 @pytest.mark.parametrize("offsets", [[0], [0, 0, 0]])
 def test_no_packed_action_gives_none(offsets):
     assert encoder()(actions(0), offsets=torch.tensor(offsets)).shape == (0, OUT)
+    newest = encoder()(actions(0), offsets=torch.tensor(offsets), newest_only=True)
+    assert newest.shape == (len(offsets) - 1, OUT)
+    assert newest.requires_grad
 
 
 def test_gradients():

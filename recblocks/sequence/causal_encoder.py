@@ -107,6 +107,7 @@ class CausalSequenceEncoder(nn.Module):
         lengths: Tensor | None = None,
         offsets: Tensor | None = None,
         max_length: int | None = None,
+        newest_only: bool = False,
     ) -> Tensor:
         """Embed padded sequences, or packed ones given ``offsets``.
 
@@ -118,11 +119,14 @@ class CausalSequenceEncoder(nn.Module):
             max_length: at least the longest packed sequence, at most max_len, which None stands for. Where lengths are
                 not read (compiled, or on a GPU), attention takes this many slots a row, and a longer sequence gets
                 wrong embeddings, and no other one does.
+            newest_only: only the embedding at each sequence's newest valid action, its user's one. The last block and
+                the output MLP are then spent on that alone.
 
         Returns:
-            (B, M, out_dim) or (T, out_dim) in the parameters' dtype, under autocast too: unit vectors where valid,
-            zeros elsewhere. What stands at an invalid slot changes nothing; NaN at a valid one may reach every slot of
-            its sequence, older ones too, and no other sequence.
+            (B, M, out_dim) or (T, out_dim), with ``newest_only`` (B, out_dim), in the parameters' dtype, under autocast
+            too: unit vectors where valid, zeros elsewhere and for a sequence without a valid action. What stands at an
+            invalid slot changes nothing; NaN at a valid one may reach every slot of its sequence, older ones too, and
+            no other sequence.
 
         Raises:
             TypeError, ValueError: a wrong shape or dtype, more slots than max_len, arguments that exclude each other;
@@ -131,27 +135,34 @@ class CausalSequenceEncoder(nn.Module):
         if offsets is not None:
             if valid is not None or lengths is not None:
                 raise ValueError("offsets must stand alone, got valid or lengths beside it")
-            return self._packed(x, offsets, self.max_len if max_length is None else max_length)
+            return self._packed(x, offsets, self.max_len if max_length is None else max_length, newest_only)
         if max_length is not None:
             raise ValueError("max_length must come with offsets, got it without")
-        return self._padded(x, valid, lengths)
+        return self._padded(x, valid, lengths, newest_only)
 
-    def _padded(self, x: Tensor, valid: Tensor | None, lengths: Tensor | None) -> Tensor:
+    def _padded(self, x: Tensor, valid: Tensor | None, lengths: Tensor | None, newest_only: bool) -> Tensor:
         _checks.floating("x", x, "B", "M", self.in_dim)
         rows, slots, _ = x.shape
         if slots > self.max_len:
             raise ValueError(f"x must have at most max_len = {self.max_len} slots a row, got {_checks.describe(x)}")
         valid = _as_valid(valid, lengths, rows, slots, x.device)
+        if newest_only and slots == 0:
+            return self._nobody(rows, x)
         order, place = _oldest_first(valid)
 
         h = self.project(x.to(self.project.weight.dtype).masked_fill(~valid[..., None], 0)) + self.position[:slots]
         h = h.gather(1, order[..., None].expand_as(h))
-        for block in self.blocks:
+        *blocks, last = self.blocks
+        for block in blocks:
             h = block(h)
-        e = self._embed(h)
+        if newest_only:
+            num_valid = valid.sum(1)
+            newest: Tensor = self._embed(last(h, newest_of=num_valid))
+            return newest.masked_fill(num_valid[:, None] == 0, 0)
+        e = self._embed(last(h))
         return e.gather(1, place[..., None].expand_as(e)).masked_fill(~valid[..., None], 0)
 
-    def _packed(self, x: Tensor, offsets: Tensor, max_length: int) -> Tensor:
+    def _packed(self, x: Tensor, offsets: Tensor, max_length: int, newest_only: bool) -> Tensor:
         _checks.floating("x", x, "T", self.in_dim)
         _checks.offsets("offsets", offsets, x.shape[0])
         _checks.positive_int("max_length", max_length)
@@ -161,6 +172,8 @@ class CausalSequenceEncoder(nn.Module):
         if _checks.readable(lengths) and bool((lengths > max_length).any()):
             raise ValueError(f"offsets must hold no sequence over {max_length}, got one of {int(lengths.max())}")
 
+        if newest_only and x.shape[0] == 0:
+            return self._nobody(lengths.shape[0], x)
         row = torch.arange(lengths.shape[0], device=x.device).repeat_interleave(lengths, output_size=x.shape[0])
         slot = torch.arange(x.shape[0], device=x.device) - offsets[row]
         groups = _of_like_length(lengths, row, slot, max_length)
@@ -169,10 +182,21 @@ class CausalSequenceEncoder(nn.Module):
             order = torch.cat([group.tokens for group in groups])
             x, slot = x.index_select(0, order), slot[order]
         h = self.project(x.to(self.project.weight.dtype)) + functional.embedding(slot, self.position)
-        for block in self.blocks:
+        *blocks, last = self.blocks
+        for block in blocks:
             h = block(h, groups)
-        e = self._embed(h)
+        if newest_only:
+            sequences = torch.cat([group.sequences for group in groups])
+            ordered = lengths[sequences]
+            e = self._embed(last(h, groups, newest_of=ordered)).masked_fill(ordered[:, None] == 0, 0)
+            return torch.zeros_like(e).index_copy(0, sequences, e)
+        e = self._embed(last(h, groups))
         return e if order is None else torch.zeros_like(e).index_copy(0, order, e)
+
+    def _nobody(self, rows: int, like: Tensor) -> Tensor:
+        """(rows, out_dim) zeros of sequences without a valid action, in the graph of the parameters."""
+        x = like.new_zeros(rows, 1, self.in_dim)
+        return self._padded(x, torch.zeros(rows, 1, dtype=torch.bool, device=like.device), None, newest_only=True)
 
     def _embed(self, h: Tensor) -> Tensor:
         y = self.out(functional.gelu(self.out_hidden(self.out_norm(h))))
@@ -189,6 +213,8 @@ class _Group(NamedTuple):
     """(t,) where each of them goes among rows × slots."""
     rows: int
     slots: int
+    sequences: Tensor
+    """(rows,) which sequences they are, ascending."""
 
 
 class _Block(nn.Module):
@@ -217,29 +243,43 @@ class _Block(nn.Module):
         for layer in self.children():
             layer.reset_parameters()  # type: ignore[operator]
 
-    def forward(self, v: Tensor, groups: Sequence[_Group] | None = None) -> Tensor:
-        """Padded (B, M, H); or packed (T, H), group after group."""
+    def forward(self, v: Tensor, groups: Sequence[_Group] | None = None, *, newest_of: Tensor | None = None) -> Tensor:
+        """Padded (B, M, H), or packed (T, H) group after group; given lengths, the newest token of each: (B, H)."""
         qkv = self.qkv(self.attention_norm(v))
         if groups is None:
-            attended = self._attend(qkv)
+            attended = self._attend(qkv, newest_of)
+            if newest_of is not None:
+                last = (newest_of - 1).clamp(min=0)
+                v = v.gather(1, last[:, None, None].expand(-1, 1, v.shape[-1])).squeeze(1)
         else:
             parts = qkv.split([group.tokens.shape[0] for group in groups])
-            attended = torch.cat([self._attend_packed(*each) for each in zip(parts, groups, strict=True)])
+            rows = [group.rows for group in groups]
+            lengths = [None] * len(groups) if newest_of is None else torch.split(newest_of, rows)
+            attended = torch.cat([self._attend_packed(*each) for each in zip(parts, groups, lengths, strict=True)])
+            if newest_of is not None:
+                first = newest_of.cumsum(0) - newest_of  # packed sequences stand newest first
+                v = v.index_select(0, first.clamp(max=v.shape[0] - 1))
         u = v + self._drop(self.attention_out(attended))
         return u + self._drop(self.ffn_out(functional.gelu(self.ffn_hidden(self.ffn_norm(u)))))
 
-    def _attend_packed(self, qkv: Tensor, group: _Group) -> Tensor:
-        padded = qkv.new_zeros(group.rows * group.slots, qkv.shape[-1]).index_copy(0, group.place, qkv)
-        return (
-            self._attend(padded.view(group.rows, group.slots, qkv.shape[-1])).flatten(0, 1).index_select(0, group.place)
-        )
+    def _attend_packed(self, qkv: Tensor, group: _Group, lengths: Tensor | None) -> Tensor:
+        slots = group.slots if lengths is None else max(1, group.slots)
+        padded = qkv.new_zeros(group.rows * slots, qkv.shape[-1]).index_copy(0, group.place, qkv)
+        attended = self._attend(padded.view(group.rows, slots, qkv.shape[-1]), lengths)
+        return attended if lengths is not None else attended.flatten(0, 1).index_select(0, group.place)
 
-    def _attend(self, qkv: Tensor) -> Tensor:
-        # Padding stands behind the last valid token, so the causal rule alone hides it and no mask is needed.
+    def _attend(self, qkv: Tensor, lengths: Tensor | None) -> Tensor:
+        """(B, M, H), or given lengths (B, H) of the newest token, which is a row's last valid one."""
         q, k, v = split_heads(qkv, self.num_heads)
         p = self.dropout if self.training else 0.0
-        attended = functional.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)
-        return attended.transpose(1, 2).flatten(2)
+        if lengths is None:
+            # Padding stands behind the last valid token, so the causal rule alone hides it and no mask is needed.
+            attended = functional.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)
+            return attended.transpose(1, 2).flatten(2)
+        last = (lengths - 1).clamp(0, q.shape[2] - 1)[:, None, None, None]
+        q = q.gather(2, last.expand(-1, q.shape[1], 1, q.shape[3]))
+        visible = torch.arange(k.shape[2], device=k.device) <= last
+        return functional.scaled_dot_product_attention(q, k, v, visible, dropout_p=p).flatten(1)
 
     def _drop(self, x: Tensor) -> Tensor:
         return functional.dropout(x, self.dropout, self.training)
@@ -254,7 +294,8 @@ def _of_like_length(lengths: Tensor, row: Tensor, slot: Tensor, max_length: int)
     if watched() or not _checks.readable(lengths) or row.shape[0] == 0:
         # The clamp keeps a sequence over max_length, where no check could look, out of the next row's places.
         place = row * max_length + behind.clamp(max=max_length - 1)
-        return [_Group(torch.arange(row.shape[0], device=row.device), place, lengths.shape[0], max_length)]
+        tokens, sequences = (torch.arange(one.shape[0], device=row.device) for one in (row, lengths))
+        return [_Group(tokens, place, lengths.shape[0], max_length, sequences)]
     step = -(-int(lengths.max()) // _MAX_GROUPS)
     kind = (lengths + step - 1) // step
     groups = []
@@ -262,7 +303,8 @@ def _of_like_length(lengths: Tensor, row: Tensor, slot: Tensor, max_length: int)
         mine = kind == one
         tokens = torch.nonzero(mine[row]).squeeze(1)
         rows, slots = int(mine.sum()), int(lengths[mine].max())
-        groups.append(_Group(tokens, (mine.cumsum(0) - 1)[row[tokens]] * slots + behind[tokens], rows, slots))
+        place = (mine.cumsum(0) - 1)[row[tokens]] * slots + behind[tokens]
+        groups.append(_Group(tokens, place, rows, slots, torch.nonzero(mine).squeeze(1)))
     return groups
 
 

@@ -36,6 +36,8 @@ class TrainingBatches(Dataset[Examples]):
 
     ``DataLoader(batches, batch_size=None, sampler=range(k, len(batches)), num_workers=2)``
 
+    Workers prepare batches ahead (``prefetch_factor``), and with ``pin_memory=True`` in memory from which
+    ``.to(device, non_blocking=True)`` copies to a GPU while that computes.
     ``collate_fn`` of the DataLoader, called with one ``Examples``, is the place to gather columns in the worker. Rows
     without a pair are left out, so the number of rows varies, and a batch may be empty.
 
