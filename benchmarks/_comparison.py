@@ -58,6 +58,10 @@ class Row(NamedTuple):
     """The most that a call holds at once beside what it gives back."""
     of_floor: float | None
     """The time that the work takes at least, of the time that it took."""
+    replayed: float | None = None
+    """The median where a CUDA graph replays what a call did, so that the host launches nothing; None where none can."""
+    kernels: int | None = None
+    """How many a call launches on a GPU, copies included."""
 
 
 def measure(one: Comparison, rates: Rates, device: torch.device) -> list[Row]:
@@ -72,6 +76,7 @@ def measure(one: Comparison, rates: Rates, device: torch.device) -> list[Row]:
     calls = {name: lambda name=name: right[name](next(turns[name])) for name in right}  # type: ignore[misc]
     held = {name: extra_bytes(call, device) for name, call in calls.items()}
     taken = runs(calls, rounds=one.rounds, device=device)
+    on_gpu = dict.fromkeys(right, (None, None)) if device.type != "cuda" else _on_a_gpu(one, right, device)
     floor = rates.floor(one.flops, one.moved)
     rows = []
     for name in one.forms:
@@ -79,7 +84,8 @@ def measure(one: Comparison, rates: Rates, device: torch.device) -> list[Row]:
             rows.append(Row(name, errors[name], None, None, None, None))
             continue
         low, middle, high = statistics.quantiles(taken[name], n=4)
-        rows.append(Row(name, errors[name], middle, (low, high), held[name], floor / middle if floor else None))
+        share = floor / middle if floor else None
+        rows.append(Row(name, errors[name], middle, (low, high), held[name], share, *on_gpu[name]))
     return rows
 
 
@@ -110,10 +116,15 @@ def show(one: Comparison, rows: Sequence[Row]) -> None:
         mib = "" if row.extra_bytes is None else row.extra_bytes / 2**20
         share = "" if row.of_floor is None else f"{row.of_floor:.0%}"
         cells.append((row.form, 1000 * row.seconds, times, share, mib, row.error))
+        if row.kernels is not None:
+            cells[-1] += ("cannot" if row.replayed is None else 1000 * row.replayed, row.kernels)
     cells += [(name, f"absent: {why}", "", "", "", "") for name, why in one.absent.items()]
     sizes = ", ".join(f"{name} {size:,}" for name, size in one.sizes.items())
     bars = "".join(f", bar {bar:g} times {name}" for name, bar in one.bars.items())
-    header = "form", "ms", "times ours", "of floor", "extra MiB", "error"
+    header: tuple[str, ...] = "form", "ms", "times ours", "of floor", "extra MiB", "error"
+    if any(row.kernels is not None for row in rows):
+        header += "ms replayed", "kernels"
+    cells = [cell + ("",) * (len(header) - len(cell)) for cell in cells]
     table(f"{one.op}: {sizes}, {one.dtype}{bars}", header, cells)
     for line in missed(one, rows):
         print(f"  missed: {line}")
@@ -134,6 +145,44 @@ def extra_bytes(call: Callable[[], Sequence[Tensor]], device: torch.device) -> i
     changes = [event for event in results.kineto_results.events() if event.name() == "[memory]"]
     held = itertools.accumulate(event.nbytes() for event in sorted(changes, key=lambda event: event.start_ns()))
     return max(held, default=0) - _num_bytes(given)
+
+
+def _on_a_gpu(
+    one: Comparison, forms: Mapping[str, Form], device: torch.device
+) -> dict[str, tuple[float | None, int | None]]:
+    """Of each form the median seconds of a graph's replay, in turn as any other run, and the kernels of a call."""
+    graphs = {name: _captured(form, one.batches) for name, form in forms.items()}
+    turns = {name: itertools.cycle(some) for name, some in graphs.items() if some}
+    calls = {name: lambda name=name: next(turns[name]).replay() for name in turns}  # type: ignore[misc]
+    taken = {name: statistics.median(some) for name, some in runs(calls, rounds=one.rounds, device=device).items()}
+    return {name: (taken.get(name), _num_kernels(form, one.batches[0])) for name, form in forms.items()}
+
+
+def _captured(form: Form, batches: Sequence[Any]) -> list[torch.cuda.CUDAGraph]:
+    """A graph of a call on each batch; none of a form that waits for the device, or has graphs of its own."""
+    graphs = []
+    try:
+        for batch in batches:
+            aside = torch.cuda.Stream()
+            aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(aside):
+                form(batch)
+            torch.cuda.current_stream().wait_stream(aside)
+            graphs.append(torch.cuda.CUDAGraph())
+            with torch.cuda.graph(graphs[-1]):
+                form(batch)
+    except RuntimeError:
+        torch.cuda.synchronize()
+        return []
+    return graphs
+
+
+def _num_kernels(form: Form, batch: Any) -> int:
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        form(batch)
+        torch.cuda.synchronize()
+    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events() or ())
 
 
 def _num_bytes(given: Sequence[Tensor]) -> int:

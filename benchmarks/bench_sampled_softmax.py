@@ -156,10 +156,16 @@ def comparisons(device: torch.device) -> Iterator[Comparison]:
         dtype="float32",
         batches=[batch(NUM_ROWS, NUM_ROWS, seed, device) for seed in range(NUM_BATCHES)],
         exact=form(torch.float64, backend="reference"),
-        forms={"chunked": form(backend="chunked"), "reference": form(backend="reference")} | modes,
+        forms={
+            "chunked": form(backend="chunked"),
+            "eager": functools.partial(step, written_out, torch.float32),
+            "reference": form(backend="reference"),
+        }
+        | modes,
         allowed=ALLOWED,
         flops=flops,
-        bars={"reference": 1.8, "reference, compiled, default": 1.3, "reference, compiled, max-autotune": 1.3},
+        bars={"eager": 1.8, "reference": 1.8}
+        | {"reference, compiled, default": 1.3, "reference, compiled, max-autotune": 1.3},
         absent=absent(),
     )
     yield Comparison(

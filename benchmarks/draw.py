@@ -129,7 +129,10 @@ def _alternative(results: Sequence[Result]) -> str:
 
 
 def _table(results: Sequence[Result]) -> str:
-    lines = ["| sizes | form | ms | times ours | of floor | extra MiB | error |", "|---|---|---|---|---|---|---|"]
+    on_gpu = any(row.get("kernels") is not None for result in results for row in result["rows"])
+    header = ["sizes", "form", "ms", "times ours", "of floor", "extra MiB", "error"]
+    header += ["ms replayed", "kernels"] * on_gpu
+    lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
     for result in results:
         ours = result["rows"][0]["seconds"]
         for row in result["rows"]:
@@ -140,9 +143,19 @@ def _table(results: Sequence[Result]) -> str:
                 share = "" if row["of_floor"] is None else f"{row['of_floor']:.0%}"
                 extra = "" if row["extra_bytes"] is None else f"{row['extra_bytes'] / 2**20:.3g}"
                 cells += [f"{1000 * row['seconds']:.3g}", f"{row['seconds'] / ours:.2f}" if ours else "", share, extra]
-            lines.append("| " + " | ".join([*cells, f"{row['error']:.1e}"]) + " |")
-        lines += [f"| {_sizes(result)} | {name} | absent: {why} | | | | |" for name, why in result["absent"].items()]
+            cells.append(f"{row['error']:.1e}")
+            if on_gpu and row["seconds"] is not None:
+                replayed = row["replayed"]
+                cells += ["cannot" if replayed is None else f"{1000 * replayed:.3g}", f"{row['kernels']}"]
+            lines.append(_line(cells, len(header)))
+        lines += [
+            _line([_sizes(result), name, f"absent: {why}"], len(header)) for name, why in result["absent"].items()
+        ]
     return "\n".join(lines)
+
+
+def _line(cells: list[str], length: int) -> str:
+    return "| " + " | ".join(cells + [""] * (length - len(cells))) + " |"
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
 """The benchmarks' runner: what is wrong is not timed, and turns a run red."""
 
+import contextlib
 import importlib.util
 import itertools
 import json
 import math
+import types
 
 import pytest
 import torch
@@ -213,6 +215,64 @@ def test_what_is_compressed_on_a_gpu_is_right_by_either_way(monkeypatch):
     model = ActionTransformer(item_dim=32, num_action_types=6, type_dim=32).eval()
     rows = measure(bench_action_transformer.in_bfloat16(model, CPU)._replace(rounds=2), RATES, CPU)
     assert [row.form for row in rows if row.seconds is not None] == ["the user once", "a row a candidate"]
+
+
+class Graph:
+    """What a CUDA graph does here: it runs what was called while it was being captured."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def replay(self):
+        self.calls += 1
+
+
+def test_on_a_gpu_graphs_are_replayed_and_kernels_counted(monkeypatch, capsys):
+    graphs, called = [], []
+
+    @contextlib.contextmanager
+    def capture(graph):
+        graphs.append(graph)
+        before = len(called)
+        yield
+        assert len(called) == before + 1
+        if called[-1] == "waits":
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    stream = types.SimpleNamespace(wait_stream=lambda _: None)
+    fakes = {"Stream": lambda: stream, "current_stream": lambda: stream, "stream": lambda _: contextlib.nullcontext()}
+    fakes |= {"CUDAGraph": Graph, "graph": capture, "synchronize": lambda *_: None}
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(_comparison, "_num_kernels", lambda *_: 3)
+    one = squares(forms={
+        name: lambda x, name=name: called.append(name) or [x * x, x.sum()] for name in ("ours", "waits")
+    })  # fmt: skip
+    found = _comparison._on_a_gpu(one, one.forms, CPU)
+    assert found["ours"][0] > 0
+    assert found["waits"] == (None, 3)
+    assert [graph.calls for graph in graphs[:3]] == [3, 3, 2]  # once to warm up and seven times, in turn
+    rows = [row._replace(replayed=found[row.form][0], kernels=3) for row in measure(one, RATES, CPU)]
+    _comparison.show(one, rows)
+    out = capsys.readouterr().out
+    assert "ms replayed  kernels" in out
+    assert "cannot" in out
+    result = seen("loss", rows=9)
+    for row in result["rows"]:
+        row |= {"replayed": row["seconds"] and 5e-7, "kernels": row["seconds"] and 3}
+    table = draw._table([result])
+    assert "| error | ms replayed | kernels |" in table
+    assert "| 1.0e-07 | 0.0005 | 3 |" in table
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_kernels_of_a_call_are_counted_and_replayed():
+    one = squares()
+    batches = [batch.cuda() for batch in one.batches]
+    one = one._replace(batches=batches)
+    for row in measure(one, RATES, torch.device("cuda")):
+        assert row.kernels >= 2
+        assert row.replayed > 0
 
 
 def test_a_benchmark_that_there_is_not_is_refused(capsys):
