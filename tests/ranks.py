@@ -13,21 +13,26 @@ from recblocks import (
     CountMinSketch,
     ItemEncoder,
     LearnedTemperature,
+    dense_all_action_loss,
     equal_user_weights,
     gather_rows,
     mixed_log_q,
     mixed_negative_pool,
+    positives_in_window,
     rank_weights,
     sampled_softmax_loss,
 )
 
 ACTIONS, DIM = 4, 5
+BACKENDS = "reference", "chunked", "pairless"
 # How many of the nine queries each rank of 1, 2, 3 and 4 has. User 9 is cut in two by every split, and rank 1 is empty
 # where there are three or more.
 SHARES = {1: [9], 2: [6, 3], 3: [5, 0, 4], 4: [4, 0, 2, 3]}
 USERS = torch.tensor([7, 7, -3, 9, 9, 9, 9, 2**62, 0])
 PAIR_QUERIES = torch.tensor([0, 0, 2, 2, 2, 3, 4, 5, 5, 6, 7, 8, 8])  # query 1 has no positive
 PAIR_CANDIDATES = torch.tensor([0, 1, 0, 4, 5, 1, 6, 6, 11, 3, 1, 0, 9])
+QUERY_TIMES = torch.tensor([0, 5, 3, 1, 2, 9, 0, 4, 4])
+PAIR_TIMES = torch.tensor([6, 1, 3, 4, 8, 2, 3, 9, 11, 3, 1, 5, 6])
 CANDIDATES = torch.arange(12) * -(2**40) + 5
 
 
@@ -35,8 +40,10 @@ class Share(NamedTuple):
     sequences: torch.Tensor
     lengths: torch.Tensor
     users: torch.Tensor
+    times: torch.Tensor
     pair_queries: torch.Tensor
     pair_candidates: torch.Tensor
+    pair_times: torch.Tensor
 
 
 def share(begin, end):
@@ -46,7 +53,8 @@ def share(begin, end):
     lengths = torch.tensor([4, 2, 3, 1, 4, 4, 2, 3, 4])
     pairs = (begin <= PAIR_QUERIES) & (end > PAIR_QUERIES)
     rows = slice(begin, end)
-    return Share(sequences[rows], lengths[rows], USERS[rows], PAIR_QUERIES[pairs] - begin, PAIR_CANDIDATES[pairs])
+    of_pairs = PAIR_QUERIES[pairs] - begin, PAIR_CANDIDATES[pairs], PAIR_TIMES[pairs]
+    return Share(sequences[rows], lengths[rows], USERS[rows], QUERY_TIMES[rows], *of_pairs)
 
 
 class Step(nn.Module):
@@ -85,6 +93,8 @@ class Step(nn.Module):
             )
             for ids in (items, column_items)
         ]
+        if backend == "pairless":
+            return self.pairless(share, queries, positives, random, log_q[0], pool, group)
         # In float64 before the division by the sum over ranks, whose float32 rounding would depend on their number.
         weights = rank_weights(equal_user_weights(users, group=group).double(), group=group)
         return sampled_softmax_loss(
@@ -99,6 +109,30 @@ class Step(nn.Module):
             pair_queries=share.pair_queries,
             reduction="sum",
             backend=backend,
+        )
+
+    def pairless(self, share, queries, positives, random, log_q, pool, group):
+        """Every positive is a column, and every query of its user meets it, whichever ranks they are on."""
+        mine = share.users[share.pair_queries], share.pair_times, CANDIDATES[share.pair_candidates]
+        users, times, items = (gather_rows(one, group=group) for one in mine)
+        counts = positives_in_window(share.users, share.times, users, times, window=5)
+        weights = equal_user_weights(share.users, counts=counts, group=group).double()
+        return dense_all_action_loss(
+            queries,
+            gather_rows(positives, group=group),
+            random,
+            query_users=share.users,
+            query_times=share.times,
+            positive_users=users,
+            positive_times=times,
+            positive_items=items,
+            negative_items=CANDIDATES[pool.random],
+            window=5,
+            log_q_positives=gather_rows(log_q, group=group),
+            log_q_negatives=torch.linspace(-1, -2, len(random), dtype=log_q.dtype),
+            temperature=self.temperature(),
+            weights=rank_weights(weights, counts=counts, group=group),
+            reduction="sum",
         )
 
 
@@ -167,7 +201,7 @@ def run(rank, folder):
         if rank < world:
             begin = sum(sizes[:rank])
             mine = share(begin, begin + sizes[rank])
-            results[world] = {backend: train(mine, backend, group, True) for backend in ("reference", "chunked")}
+            results[world] = {backend: train(mine, backend, group, True) for backend in BACKENDS}
             results[world]["counted"] = counted_inside_ddp(rank, group)
             results[world]["gathered"] = gathered_gradient(rank, group)
     torch.save(results, f"{folder}/{rank}.pt")

@@ -17,14 +17,14 @@ def results(tmp_path_factory):
 @pytest.fixture(scope="module")
 def one_process():
     whole = ranks.share(0, len(ranks.USERS))
-    return {backend: ranks.train(whole, backend) for backend in ("reference", "chunked")}
+    return {backend: ranks.train(whole, backend) for backend in ranks.BACKENDS}
 
 
 def relative_error(got, wanted):
     return ((got - wanted).abs().max() / wanted.abs().max()).item()
 
 
-@pytest.mark.parametrize("backend", ["reference", "chunked"])
+@pytest.mark.parametrize("backend", ranks.BACKENDS)
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_loss_and_gradients_are_the_whole_batch_s(results, one_process, world, backend):
     wanted = one_process[backend]

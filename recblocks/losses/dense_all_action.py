@@ -97,6 +97,9 @@ def dense_all_action_loss(
 
     Source: PinnerFormer, section 3.4.3 and equation 2, with all positives of a window instead of one that is drawn;
         Rethinking Personalized Ranking, section 2.1.3 averages over them.
+
+    Note:
+        The paper caps the in-batch columns at 5000; here every positive is one.
     """
     _checks.choice("reduction", reduction, ("none", "sum", "mean"))
     _checks.floating("queries", queries, None, None)
