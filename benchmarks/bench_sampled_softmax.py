@@ -6,6 +6,7 @@ Other losses of this kind hold rows x columns or run on CUDA alone; where one is
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 from collections.abc import Callable, Iterator
 from typing import TypeAlias
@@ -83,10 +84,14 @@ def loss_of(
 
 
 def step(
-    of: Callable[..., Tensor], dtype: torch.dtype, data: Batch, numbers: torch.dtype | None = None
+    of: Callable[..., Tensor],
+    dtype: torch.dtype,
+    data: Batch,
+    numbers: torch.dtype | None = None,
+    names: tuple[str, ...] = ("queries", "positives", "negatives"),
 ) -> list[Tensor]:
     """Loss and gradients, with embeddings of ``dtype`` and a temperature of ``numbers``, else of the same."""
-    leaves = [data[name].to(dtype).detach().requires_grad_() for name in ("queries", "positives", "negatives")]
+    leaves = [data[name].to(dtype).detach().requires_grad_() for name in names]
     temperature = torch.tensor(0.1, dtype=numbers or dtype, device=leaves[0].device, requires_grad=True)
     loss = of(data, leaves, temperature)
     return [loss.detach(), *torch.autograd.grad(loss, (*leaves, temperature))]
@@ -135,13 +140,68 @@ def in_bfloat16(device: torch.device, num_rows: int = 32768, num_columns: int = 
         allowed=2**-7,  # of the largest number: probabilities and sums are rounded to bfloat16, in eager twice
         flops=4 * 2 * num_rows * num_columns * DIM,  # logits twice, and the gradients of both sides
         bars={"eager": 4.0},
-        absent=absent(),
     )
 
 
-def absent() -> dict[str, str]:
-    peers = {"Liger": "liger_kernel", "cut-cross-entropy": "cut_cross_entropy"}
-    return {name: "not installed" for name, module in peers.items() if importlib.util.find_spec(module) is None}
+def column_as_positive(data: Batch, leaves: list[Tensor], temperature: Tensor) -> Tensor:
+    """What the peers compute: cross entropy over all columns, the positive being one of them."""
+    queries, negatives = leaves
+    rows = torch.arange(len(queries), device=queries.device)
+    columns = torch.arange(len(negatives), device=queries.device)
+    own = rows, columns, rows, data["targets"]
+    positives = negatives.index_select(0, data["targets"])
+    return sampled_softmax_loss(queries, positives, negatives, own=own, temperature=temperature)
+
+
+def cross_entropy(data: Batch, leaves: list[Tensor], temperature: Tensor) -> Tensor:
+    queries, negatives = leaves
+    return functional.cross_entropy((queries @ negatives.t()).to(temperature.dtype) / temperature, data["targets"])
+
+
+def liger(data: Batch, leaves: list[Tensor], temperature: Tensor) -> Tensor:
+    loss = importlib.import_module("liger_kernel.transformers").LigerFusedLinearCrossEntropyLoss()
+    queries, negatives = leaves
+    of_rows: Tensor = loss(negatives, (queries / temperature).to(queries.dtype), data["targets"])
+    return of_rows
+
+
+def cut_cross_entropy(data: Batch, leaves: list[Tensor], temperature: Tensor) -> Tensor:
+    """Without its filter, which drops gradients."""
+    loss = importlib.import_module("cut_cross_entropy").linear_cross_entropy
+    queries, negatives = leaves
+    of_rows: Tensor = loss((queries / temperature).to(queries.dtype), negatives, data["targets"], filter_eps=None)
+    return of_rows
+
+
+PEERS = {"Liger": ("liger_kernel", liger), "cut-cross-entropy": ("cut_cross_entropy", cut_cross_entropy)}
+
+
+def plain(device: torch.device, num_rows: int = 32768, num_columns: int = NUM_COLUMNS) -> Comparison:
+    """Without mask and log q, which other fused losses have not."""
+    batches = [batch(num_rows, num_rows, seed, device, num_columns) for seed in range(NUM_BATCHES)]
+    for data in batches:
+        data |= {name: data[name].bfloat16() for name in ("queries", "negatives")}
+        data["targets"] = torch.randint(num_columns, (num_rows,), device=device)
+
+    def of(loss: Callable[..., Tensor], dtype: torch.dtype = torch.bfloat16) -> functools.partial[list[Tensor]]:
+        numbers = torch.promote_types(dtype, torch.float32)
+        return functools.partial(step, loss, dtype, numbers=numbers, names=("queries", "negatives"))
+
+    modes = {name: of(one) for name, one in compiled("eager", cross_entropy, device).items()}
+    here = {name: loss for name, (module, loss) in PEERS.items() if importlib.util.find_spec(module) is not None}
+    return Comparison(
+        op="cross entropy over a pool, forward and backward",
+        sizes={"rows": num_rows, "columns": num_columns, "dim": DIM},
+        dtype="bfloat16",
+        batches=batches,
+        exact=of(cross_entropy, torch.float64),
+        forms={"recblocks": of(column_as_positive), "eager": of(cross_entropy)}
+        | modes
+        | {name: of(loss) for name, loss in here.items()},
+        allowed=2**-6,  # of the largest number: peers round logits, probabilities and sums to bfloat16
+        flops=4 * 2 * num_rows * num_columns * DIM,  # logits twice, and the gradients of both sides
+        absent={name: "not installed" for name in PEERS if name not in here},
+    )
 
 
 def comparisons(device: torch.device) -> Iterator[Comparison]:
@@ -166,7 +226,7 @@ def comparisons(device: torch.device) -> Iterator[Comparison]:
         flops=flops,
         bars={"eager": 1.8, "reference": 1.8}
         | {"reference, compiled, default": 1.3, "reference, compiled, max-autotune": 1.3},
-        absent=absent(),
+        absent=dict.fromkeys(PEERS, "runs on CUDA alone") if device.type == "cpu" else {},
     )
     yield Comparison(
         op=f"sampled softmax, {NUM_PAIRS} positives a query",
@@ -184,3 +244,4 @@ def comparisons(device: torch.device) -> Iterator[Comparison]:
     )
     if device.type == "cuda":
         yield in_bfloat16(device)
+        yield plain(device)

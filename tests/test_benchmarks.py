@@ -209,6 +209,15 @@ def test_what_is_for_a_gpu_is_right_in_the_interpreter(monkeypatch):
     assert [row.form for row in others if row.seconds is not None] == ["chunked", "eager"]
 
 
+def test_what_peers_compute_is_ours_where_a_row_owns_its_target(monkeypatch):
+    monkeypatch.setattr(bench_sampled_softmax, "compiled", lambda *_: {})
+    monkeypatch.setattr(bench_sampled_softmax, "PEERS", {"nobody": ("no_such_module", None)})
+    one = bench_sampled_softmax.plain(CPU, num_rows=48, num_columns=80)
+    assert one.absent == {"nobody": "not installed"}
+    rows = measure(one._replace(rounds=2), RATES, CPU)
+    assert [row.form for row in rows if row.seconds is not None] == ["recblocks", "eager"]
+
+
 def test_what_is_compressed_on_a_gpu_is_right_by_either_way(monkeypatch):
     monkeypatch.setattr(bench_action_transformer, "NUM_OF_A_BATCH", 3)
     torch.manual_seed(0)

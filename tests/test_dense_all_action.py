@@ -185,6 +185,21 @@ def test_equals_the_scalar_oracle(backend, case):
     assert positives_in_window(*actions, window=keywords["window"]).tolist() == [count for _, count in rows]
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("window", [1, 3, 100, LATEST])
+def test_windows_at_the_ends_of_int64(backend, window):
+    embeddings, keywords = drawn(0, 8, 8, 4, 3, users=(1,))
+    times = torch.tensor([EARLIEST, EARLIEST + 2, EARLIEST + 3, -1, 0, LATEST - 100, LATEST - 3, LATEST])
+    keywords |= {"query_times": times, "positive_times": times, "window": window, "correct_positive": True}
+    keywords["positive_items"], keywords["negative_items"] = torch.arange(8), torch.arange(8, 12)
+    rows, _ = expected(embeddings, keywords)
+    losses = dense_all_action_loss(*embeddings, **keywords, reduction="none", backend=backend)
+    torch.testing.assert_close(losses, torch.tensor([loss for loss, _ in rows], dtype=torch.float64), **CLOSE)
+    _, want = gradients(embeddings, keywords, backend="reference")
+    torch.testing.assert_close(gradients(embeddings, keywords, backend=backend)[1], want, **GRADIENTS_CLOSE)
+    assert sum(count for _, count in rows) == {1: 2, 3: 5, 100: 7, LATEST: 17}[window]
+
+
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
 @given(case=cases(), rows=st.integers(1, 6))
 def test_backends_agree_in_loss_and_every_gradient(reduction, case, rows):
