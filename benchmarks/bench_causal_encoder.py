@@ -61,6 +61,14 @@ def exact(model: CausalSequenceEncoder, given: Batch) -> list[Tensor]:
     return padded(model, (given[0].double(), given[1]))
 
 
+def newest(
+    model: CausalSequenceEncoder, x: Tensor, *, newest_only: bool = False, dtype: torch.dtype = torch.float32
+) -> list[Tensor]:
+    with torch.inference_mode():
+        found: Tensor = model(x.to(dtype), newest_only=newest_only)
+    return [found if newest_only else found[:, 0]]
+
+
 def comparisons(device: torch.device) -> Iterator[Comparison]:
     torch.manual_seed(0)
     model = CausalSequenceEncoder(
@@ -80,4 +88,19 @@ def comparisons(device: torch.device) -> Iterator[Comparison]:
         allowed=1e-4,
         flops=needed,
         bars={"padded": AIM * saving},
+    )
+    a_slot = 2 * WIDTH * WIDTH * (1 + (NUM_LAYERS - 1) * (4 + 8) + 2)  # of the last block keys and values alone
+    attention = (NUM_LAYERS - 1) * 4 * WIDTH * SLOTS * (SLOTS + 1) / 2
+    yield Comparison(
+        op="causal encoder, the newest action's embedding",
+        sizes={"users": NUM_USERS, "slots": SLOTS, "width": WIDTH, "layers": NUM_LAYERS},
+        dtype="float32",
+        batches=[torch.randn(NUM_USERS, SLOTS, WIDTH, device=device) for _ in range(NUM_BATCHES)],
+        exact=functools.partial(newest, copy.deepcopy(model).double(), dtype=torch.float64),
+        forms={
+            "newest_only": functools.partial(newest, model, newest_only=True),
+            "every action's": functools.partial(newest, model),
+        },
+        allowed=1e-5,  # of numbers that a layer's norm keeps near 1
+        flops=NUM_USERS * (SLOTS * a_slot + attention),
     )
