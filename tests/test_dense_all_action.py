@@ -287,6 +287,35 @@ def test_queries_without_weight_or_pair_and_columns_nobody_sees_may_hold_anythin
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_without_weights_a_query_without_a_pair_may_hold_nan(backend):
+    embeddings, keywords = drawn(0, 6, 8, 4, 3)
+    del keywords["weights"]
+    keywords["query_times"][[1, 4]] = 10**6
+    want_loss, want = gradients(embeddings, keywords, backend=backend)
+    embeddings[0][[1, 4]] = math.nan
+    loss, got = gradients(embeddings, keywords, backend=backend)
+    torch.testing.assert_close(loss, want_loss, rtol=0, atol=0)
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("trained", range(6))
+def test_one_trained_input_gets_the_gradient_it_has_beside_the_others(trained, reduction, backend):
+    embeddings, keywords = drawn(11, 7, 9, 5, 3)
+    del keywords["weights"]
+    want = gradients(embeddings, keywords, reduction=reduction, backend=backend)[1][trained]
+    keywords["temperature"] = torch.tensor(0.5, dtype=torch.float64)
+    inputs = [*embeddings, *[keywords[name] for name in FLOATS[:3]]]
+    leaf = inputs[trained] = inputs[trained].clone().requires_grad_()
+    changed = keywords | dict(zip(FLOATS, inputs[3:], strict=False))
+    loss = dense_all_action_loss(*inputs[:3], **changed, reduction=reduction, backend=backend)
+    loss.backward(torch.linspace(2, 0.5, loss.numel(), dtype=loss.dtype).view(loss.shape))
+    torch.testing.assert_close(leaf.grad, want)
+    assert want.any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_positive_that_is_masked_for_all_is_still_a_positive(backend):
     """One user: every column is the user's own, nothing is left to be told from, and the loss is 0."""
     embeddings, keywords = drawn(0, 5, 5, 0, 3, users=(1,))
