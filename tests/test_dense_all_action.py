@@ -266,12 +266,13 @@ def test_queries_without_weight_or_pair_and_columns_nobody_sees_may_hold_anythin
     embeddings, keywords = drawn(0, 6, 8, 4, 3, users=(1,), items=3)
     keywords |= {"query_users": torch.tensor([1, 1, 1, 2, 9, 1]), "query_times": torch.tensor([0, 2, 1, 0, 0, 50])}
     keywords |= {"positive_users": torch.tensor([1, 1, 1, 2, 2, 2, 2, 1])}
-    keywords |= {"positive_times": torch.tensor([1, 2, 3, 40, 50, 1, 2, -1])}
+    keywords |= {"positive_times": torch.tensor([1, 2, 3, 40, 50, 1, 2, 7])}
     keywords |= {"positive_items": torch.tensor([10, 11, 12, 10, 11, 12, 20, 20])}
     keywords |= {"negative_items": torch.tensor([10, 11, 30, 31])}
     keywords["weights"][1] = 0
     # Query 1 weighs nothing; 4 is nobody's and 5 too late. Items 10 to 12 and 20 are positives of users 1 and 2, so
-    # that their columns are masked for all that count. Columns 3, 4 and 7 are in no window, 8 and 9 never are.
+    # that their columns are masked for all that count. Columns 3 and 4 are in no window, 7 in that of query 1 alone, and
+    # 8 and 9 never are.
     want_loss, want = gradients(embeddings, keywords, reduction=reduction, backend=backend)
     poisoned = [one.clone() for one in embeddings]
     poisoned[0][[1, 4, 5]], poisoned[1][[3, 4, 7]], poisoned[2][[0, 1]] = poison, poison, poison
