@@ -271,7 +271,7 @@ def test_queries_without_weight_or_pair_and_columns_nobody_sees_may_hold_anythin
     keywords |= {"negative_items": torch.tensor([10, 11, 30, 31])}
     keywords["weights"][1] = 0
     # Query 1 weighs nothing; 4 is nobody's and 5 too late. Items 10 to 12 and 20 are positives of users 1 and 2, so
-    # that their columns are masked for all that count. Columns 3 and 4 are in no window, 7 in that of query 1 alone, and
+    # that their columns are masked for all that count. Columns 3 and 4 are in no window, 7 in query 1's alone, and
     # 8 and 9 never are.
     want_loss, want = gradients(embeddings, keywords, reduction=reduction, backend=backend)
     poisoned = [one.clone() for one in embeddings]
