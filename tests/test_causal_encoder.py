@@ -198,7 +198,7 @@ def test_newest_only_compiles_and_exports_to_one_graph():
         def forward(self, x, valid):
             return self.encoder(x, valid, newest_only=True)
 
-    x, valid = actions(3, SLOTS), torch.arange(SLOTS) < torch.tensor([[2], [0], [SLOTS]])
+    x, valid = actions(4, SLOTS), torch.arange(SLOTS) < torch.tensor([[2], [0], [SLOTS], [0]])
     want = Newest()(x, valid)
     torch.compiler.reset()
     torch.testing.assert_close(torch.compile(Newest(), fullgraph=True, backend="aot_eager")(x, valid), want, **EXACT)
