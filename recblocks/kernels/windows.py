@@ -27,15 +27,27 @@ class Windows(NamedTuple):
 
 def windows(row_users: Tensor, row_times: Tensor, column_users: Tensor, column_times: Tensor, window: int) -> Windows:
     """Row i meets column c iff they are the same user's and ``0 < column_times[c] - row_times[i] <= window``."""
-    row_order, column_order = _by_user_and_time(row_users, row_times), _by_user_and_time(column_users, column_times)
-    rows = row_users[row_order], row_times[row_order]
-    columns = column_users[column_order], column_times[column_order]
-    opening = columns[1].clamp(min=_EARLIEST + window) - window
+    num_rows, num_columns = row_users.shape[0], column_users.shape[0]
+    opening = column_times.clamp(min=_EARLIEST + window) - window
+    # Among equals columns and openings stand before rows and horizons: a row meets no column of its own time, but those
+    # of its horizon, and a column the rows of its opening.
+    users = torch.cat([column_users, column_users, row_users, row_users])
+    times = torch.cat([column_times, opening, row_times, horizon(row_times, window)])
+    order = times.argsort(stable=True)
+    order = order[users[order].argsort(stable=True)]
+    sizes = [num_columns, num_columns, num_rows, num_rows]
+    is_column = order < num_columns
+    is_row = (order >= 2 * num_columns) & (order < 2 * num_columns + num_rows)
+    column_place, _, first_column, last_column = torch.split(_counted(is_column, order), sizes)
+    last_row, first_row, row_place, _ = torch.split(_counted(is_row, order), sizes)
+    row_order, column_order = _inverse(row_place - 1), _inverse(column_place - 1)
     return Windows(
         row_order,
         column_order,
-        *_places(columns, rows[0], (rows[1], horizon(rows[1], window)), behind_equals=True),
-        *_places(rows, columns[0], (opening, columns[1]), behind_equals=False),
+        first_column[row_order],
+        last_column[row_order],
+        first_row[column_order],
+        last_row[column_order],
     )
 
 
@@ -44,19 +56,11 @@ def horizon(times: Tensor, window: int) -> Tensor:
     return times.clamp(max=_LATEST - window) + window
 
 
-def _places(
-    lines: tuple[Tensor, Tensor], users: Tensor, times: tuple[Tensor, Tensor], behind_equals: bool
-) -> list[Tensor]:
-    """How many of the lines come before each user at each of the times."""
-    asked = torch.cat([users, users]), torch.cat(times)
-    first, second = (lines, asked) if behind_equals else (asked, lines)  # the order of equals is kept
-    order = _by_user_and_time(torch.cat([first[0], second[0]]), torch.cat([first[1], second[1]]))
-    is_line = (order < first[0].shape[0]) == behind_equals
-    before = torch.empty_like(order).scatter_(0, order, is_line.long().cumsum(0))
-    num_lines = lines[0].shape[0]
-    return list((before[num_lines:] if behind_equals else before[: asked[0].shape[0]]).chunk(2))
+def _counted(marked: Tensor, order: Tensor) -> Tensor:
+    """How many of the marked stand up to each, both by their place in the order."""
+    return torch.empty_like(order).scatter_(0, order, marked.cumsum(0))
 
 
-def _by_user_and_time(users: Tensor, times: Tensor) -> Tensor:
-    order = times.argsort(stable=True)
-    return order[users[order].argsort(stable=True)]
+def _inverse(places: Tensor) -> Tensor:
+    """What stands in each place."""
+    return torch.empty_like(places).scatter_(0, places, torch.arange(places.shape[0], device=places.device))
