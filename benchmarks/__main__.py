@@ -10,6 +10,7 @@ import argparse
 import importlib
 import json
 import pathlib
+from typing import Any
 
 import torch
 
@@ -37,12 +38,17 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"{machine['processor']}, {machine['threads']} threads, {machine['versions']}, commit {machine['commit']}")
     rates: dict[str, Rates] = {}
     results, wrong = [], False
+
+    def found_so_far() -> dict[str, Any]:
+        return {"machine": machine, "rates": {name: one._asdict() for name, one in rates.items()}, "results": results}
+
     for name in given.names or names:
         module = importlib.import_module(f"benchmarks.bench_{name}")
         if not hasattr(module, "comparisons"):
             module.main()
             continue
         for one in module.comparisons(given.device):
+            torch.compiler.reset()  # there is a limit to how often one function is compiled
             factors = "bfloat16" if one.dtype == "bfloat16" else "float32"
             if factors not in rates:
                 rates[factors] = measure_rates(given.device, getattr(torch, factors))
@@ -51,11 +57,10 @@ def main(arguments: list[str] | None = None) -> int:
             show(one, rows)
             results.append(as_json(one, rows))
             wrong |= is_wrong(rows)
-    found = {"machine": machine, "rates": {name: one._asdict() for name, one in rates.items()}, "results": results}
-    if given.json is not None:
-        write(given.json, found)
+            if given.json is not None:  # now, so that a run which is stopped has written what it saw
+                write(given.json, found_so_far())
     if earlier is not None:
-        show_beside(earlier, found)
+        show_beside(earlier, found_so_far())
     return int(wrong)
 
 

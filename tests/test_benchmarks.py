@@ -146,6 +146,21 @@ def test_a_run_is_written_down_and_set_beside_an_earlier_one(monkeypatch, tmp_pa
     assert "another threads" in out
 
 
+def test_a_run_that_is_stopped_has_written_what_it_saw(monkeypatch, tmp_path):
+    small(monkeypatch)
+    right = bench_time.comparisons
+
+    def stopped(device):
+        yield from right(device)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench_time, "comparisons", stopped)
+    path = tmp_path / "run.json"
+    with pytest.raises(KeyboardInterrupt):
+        runner.main(["time", "--json", str(path)])
+    assert len(json.loads(path.read_text())["results"]) == 1
+
+
 def test_a_kernel_that_is_broken_on_purpose_turns_the_run_red(monkeypatch, capsys):
     small(monkeypatch)
     right = bench_time.encode_action_times
