@@ -59,6 +59,8 @@ def main(arguments: list[str] | None = None) -> int:
             wrong |= is_wrong(rows)
             if given.json is not None:  # now, so that a run which is stopped has written what it saw
                 write(given.json, found_so_far())
+    if given.json is not None:
+        write(given.json, found_so_far())
     if earlier is not None:
         show_beside(earlier, found_so_far())
     return int(wrong)
