@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 Result: TypeAlias = dict[str, Any]  # of one comparison, as `benchmarks._report.as_json` gives it
 
 OURS, PEER, INK = "#2f6f8f", "#b9b2a6", "#333333"
+MARKS = ("o", OURS), ("s", "#8f8778"), ("^", "#c08a4a"), ("D", "#7a9a5e"), ("v", "#a5687f")  # of curves, ours first
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -104,7 +105,8 @@ def _curves(results: Sequence[Result], varying: str) -> Figure:
         rows = [(one["sizes"][varying], row) for one in results for row in one["rows"] if row["form"] == name]
         rows = [(size, row) for size, row in rows if row["seconds"] is not None]
         sizes = [size for size, _ in rows]
-        how = {"marker": "o", "color": OURS if number == 0 else PEER, "label": name}
+        mark, colour = MARKS[number % len(MARKS)]
+        how = {"marker": mark, "color": colour, "label": name}
         of_time.plot(sizes, [1000 * row["seconds"] for _, row in rows], **how)
         of_memory.plot(sizes, [(row["extra_bytes"] or 0) / 2**20 for _, row in rows], **how)
         if number == 0 and all(row["of_floor"] for _, row in rows):
@@ -116,7 +118,8 @@ def _curves(results: Sequence[Result], varying: str) -> Figure:
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(lambda size, _: f"{size / 1024:g} k" if size >= 1024 else f"{size:g}")
         axes.spines[["top", "right"]].set_visible(False)
-    of_time.legend(frameon=False, fontsize=8)
+    names = of_time.get_legend_handles_labels()
+    figure.legend(*names, frameon=False, fontsize=8, loc="outside lower center", ncols=len(names[0]))
     figure.suptitle(f"{_sizes(results[0], varying)}, {results[0]['dtype']}", fontsize=9, x=0.01, ha="left")
     return figure
 
