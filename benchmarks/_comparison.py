@@ -171,6 +171,8 @@ def _captured(form: Form, batches: Sequence[Any]) -> list[torch.cuda.CUDAGraph]:
             graphs.append(torch.cuda.CUDAGraph())
             with torch.cuda.graph(graphs[-1]):
                 form(batch)
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError:
         torch.cuda.synchronize()
         return []

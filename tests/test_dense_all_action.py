@@ -423,6 +423,50 @@ def test_a_pair_s_loss_is_exact_in_both_tails(backend, gap):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_a_huge_log_q_of_a_positive_that_is_not_corrected_costs_no_digits(backend):
+    """Its column is masked for its own query, so that it does not matter at all."""
+    embeddings, keywords = drawn(0, 6, 8, 4, 3, users=(1,), dtype=torch.float32)
+    keywords |= {"correct_positive": False, "negative_items": torch.arange(100, 104)}
+    want = dense_all_action_loss(*embeddings, **keywords, reduction="none", backend=backend)
+    keywords["log_q_positives"] = torch.full((8,), 1e9)
+    got = dense_all_action_loss(*embeddings, **keywords, reduction="none", backend=backend)
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
+    assert want.any()
+
+
+@pytest.mark.parametrize("readable", [True, False])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_over_the_number_of_pairs_is_a_mean_where_some_have_none(backend, readable, monkeypatch):
+    embeddings, keywords = drawn(3, 12, 14, 6, 3)
+    actions = [keywords[name] for name in ("query_users", "query_times", "positive_users", "positive_times")]
+    counts = positives_in_window(*actions, window=5)
+    assert (counts == 0).any()
+    keywords["weights"] = 1 / counts.double()
+    if not readable:
+        monkeypatch.setattr(recblocks._checks, "readable", lambda _: False)
+    losses = dense_all_action_loss(*embeddings, **keywords | {"weights": None}, reduction="none", backend=backend)
+    want = (losses / counts)[counts > 0].mean()
+    torch.testing.assert_close(dense_all_action_loss(*embeddings, **keywords, backend=backend), want)
+
+
+@pytest.mark.parametrize("loss_of", [dense_all_action_loss, by_pairs])
+@pytest.mark.parametrize("backend", FAST)
+def test_a_graph_that_is_made_and_not_kept_has_no_second_derivative_either(backend, loss_of, monkeypatch):
+    if loss_of is by_pairs:
+        right = sampled_softmax_loss
+        monkeypatch.setitem(
+            globals(), "sampled_softmax_loss", lambda *x, **how: right(*x, **how | {"backend": backend})
+        )
+    embeddings, keywords = drawn(4, 7, 9, 5, 3)
+    more = {} if loss_of is by_pairs else {"backend": backend}
+    queries = embeddings[0].requires_grad_()
+    loss = loss_of(*embeddings, **keywords, **more) * torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    (first,) = torch.autograd.grad(loss, queries, create_graph=True, retain_graph=False)
+    with pytest.raises(RuntimeError, match=r"no second derivative|second time"):
+        torch.autograd.grad(first.square().sum(), queries, allow_unused=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 def test_autocast_changes_nothing(backend, reduction):
     embeddings, keywords = drawn(1, 9, 11, 5, 4, dtype=torch.float32)

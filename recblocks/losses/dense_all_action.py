@@ -66,8 +66,8 @@ def dense_all_action_loss(
         log_q_positives: (P,) log of the probability that a pool column is this item. Both log q or neither.
         log_q_negatives: (N,) the same of each negative.
         temperature: τ > 0, a number or a tensor of shape (), such as what :class:`LearnedTemperature` returns.
-        weights: (U,) of each pair of the query, at least 0; None is 1 each. With n pairs a query as
-            :func:`positives_in_window` counts them, ``1 / n`` averages over a query's positives, and
+        weights: (U,) of each pair of the query, at least 0, or anything where there is no pair; None is 1 each. With n
+            pairs a query as :func:`positives_in_window` counts them, ``1 / n`` averages over its positives, and
             ``equal_user_weights(query_users, counts=n)`` gives every user the same weight.
         correct_positive: False leaves s as ``<u, v> / τ``; log q may then exceed 0, as the log of an expected count.
         reduction: "none" gives the l_i (U,), 0 where the weight is 0; "sum" gives Σ w_i l_i; "mean" divides that by
@@ -117,7 +117,6 @@ def dense_all_action_loss(
         _checks.floating("log_q_negatives", log_q_negatives, num_negatives)
     if weights is not None:
         _checks.floating("weights", weights, num_rows)
-        _checks.not_negative("weights", weights)
     if not isinstance(correct_positive, bool):
         raise TypeError(f"correct_positive must be a bool, got {_checks.describe(correct_positive)}")
     factors = torch.promote_types(torch.promote_types(queries.dtype, positives.dtype), negatives.dtype)
@@ -134,6 +133,9 @@ def dense_all_action_loss(
         positives, positive_users, positive_items, log_q_positives = _in_order(
             found.column_order, positives, positive_users, positive_items, log_q_positives
         )
+    if weights is not None:
+        weights = weights.masked_fill(counts == 0, 0)
+        _checks.not_negative("weights", weights)
     counted = counts > 0 if weights is None else (counts > 0) & (weights != 0)
     met, present = _met_by_any(found, counted), unless_all(counted)
     own = [query_users, torch.cat([positive_items, negative_items]), positive_users, positive_items]

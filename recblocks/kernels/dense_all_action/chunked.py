@@ -69,11 +69,13 @@ def _sweep(
         inside = (place[slab] >= first[:, None]) & (place[slab] < last[:, None])
         logits = tile[:, slab].clone()
         if pool.bias is not None and not pairs.corrected:
-            logits -= pool.bias[slab]
+            tile += pool.bias
 
     def upstream(log_sum_exp: Tensor, rows: slice, probabilities: Tensor) -> Tensor:
         behind = (log_sum_exp[rows, None] - logits).masked_fill_(~inside, -torch.inf)
         losses[rows] = -F.logsigmoid(-behind).sum(1)
+        if not any(wanted):
+            return losses[rows]
         pulls = behind.sigmoid_()
         slopes = pulls.sum(1)
         probabilities[:, slab] -= pulls / torch.where(slopes == 0, 1, slopes)[:, None]
@@ -81,7 +83,9 @@ def _sweep(
             pulled[slab].addmv_(pulls.t(), weights[rows])
         return weights[rows] * slopes
 
-    swept = sweep(queries, pool, inverse_temperature, upstream, wanted, before)
+    # The bias of a positive that is not corrected is not taken off again, which would cost its logit digits.
+    seen = pool if pairs.corrected else pool._replace(bias=None)
+    swept = sweep(queries, seen, inverse_temperature, upstream, wanted, before)
     if wanted.bias:
         swept[3][: pairs.num_positives] += pulled
     return losses, swept[1], swept[2], swept[3], swept[4]

@@ -179,7 +179,7 @@ def once(gradient: Tensor, *depends_on: Tensor | None) -> Tensor:
 
 def scaled(gradient: Tensor, grad: Tensor, *depends_on: Tensor | None) -> Tensor:
     """``grad * gradient``, in the memory of what was kept where no other backward will read it."""
-    if watched() or torch._C._autograd._get_current_graph_task_keep_graph():
+    if watched() or torch.is_grad_enabled() or torch._C._autograd._get_current_graph_task_keep_graph():
         return once(grad * gradient, *depends_on)
     return gradient.mul_(grad)
 
