@@ -27,6 +27,7 @@ import torch
 from recblocks._files import replacing, user_cache
 
 _FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fPIC", "-shared")
+_HEADER = pathlib.Path(__file__).with_name("every_width.h")  # the one that sources include
 _LOADED_IN = os.getpid()
 
 
@@ -87,7 +88,7 @@ def library(sources: Sequence[pathlib.Path], functions: Mapping[str, Sequence[An
         raise RuntimeError(
             "backend 'cpp' needs a C++ compiler: install g++ or clang++, or name one in the variable CXX"
         )
-    texts = [source.read_bytes() for source in sources]
+    texts = [source.read_bytes() for source in (*sources, _HEADER)]
     made_from = (*texts, *map(str.encode, (*command, *_FLAGS, sys.platform, platform.machine())))
     name = f"{sources[0].stem}-{hashlib.sha256(b' '.join(made_from)).hexdigest()[:16]}.so"
     try:
