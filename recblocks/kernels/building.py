@@ -72,12 +72,15 @@ def _first_try(load: Callable[[], ctypes.CDLL]) -> tuple[bool, list[str]]:
     return True, []
 
 
-def library(sources: Sequence[pathlib.Path], functions: Mapping[str, Sequence[Any]]) -> ctypes.CDLL:
+def library(
+    sources: Sequence[pathlib.Path], functions: Mapping[str, Sequence[Any]], flags: Sequence[str] = ()
+) -> ctypes.CDLL:
     """The functions of some files: those that are kept, or else those that are built now, and kept.
 
     Args:
         sources: of C++, which become one library with the name of the first.
         functions: the types of the arguments of each, as ctypes has them; all give an int.
+        flags: for the compiler, beside those that all sources have.
 
     Raises:
         RuntimeError: there is no compiler, or it fails.
@@ -89,7 +92,7 @@ def library(sources: Sequence[pathlib.Path], functions: Mapping[str, Sequence[An
             "backend 'cpp' needs a C++ compiler: install g++ or clang++, or name one in the variable CXX"
         )
     texts = [source.read_bytes() for source in (*sources, _HEADER)]
-    made_from = (*texts, *map(str.encode, (*command, *_FLAGS, sys.platform, platform.machine())))
+    made_from = (*texts, *map(str.encode, (*command, *_FLAGS, *flags, sys.platform, platform.machine())))
     name = f"{sources[0].stem}-{hashlib.sha256(b' '.join(made_from)).hexdigest()[:16]}.so"
     try:
         return _load(user_cache() / name, functions)
@@ -97,7 +100,7 @@ def library(sources: Sequence[pathlib.Path], functions: Mapping[str, Sequence[An
         pass
     with tempfile.TemporaryDirectory() as folder:
         fresh = pathlib.Path(folder) / name
-        kept = _build(command, sources, fresh) and _keep(fresh)
+        kept = _build(command, flags, sources, fresh) and _keep(fresh)
         try:
             return _load(fresh, functions)
         except OSError:
@@ -128,12 +131,12 @@ def _load(path: pathlib.Path, functions: Mapping[str, Sequence[Any]]) -> ctypes.
     return built
 
 
-def _build(command: list[str], sources: Sequence[pathlib.Path], path: pathlib.Path) -> bool:
+def _build(command: list[str], flags: Sequence[str], sources: Sequence[pathlib.Path], path: pathlib.Path) -> bool:
     """Whether it is built with OpenMP, whose threads are torch's own where both are GNU's, or else without."""
     for threads in (["-fopenmp"], []):
         try:
             done = subprocess.run(
-                [*command, *_FLAGS, *threads, *map(str, sources), "-o", str(path)],
+                [*command, *_FLAGS, *flags, *threads, *map(str, sources), "-o", str(path)],
                 capture_output=True,
                 text=True,
                 errors="replace",

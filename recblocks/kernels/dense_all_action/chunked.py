@@ -61,15 +61,14 @@ def _sweep(
     pulled = queries.new_zeros(pairs.num_positives)
     place = torch.arange(pairs.num_positives, device=queries.device)
     slab, inside, logits = slice(0, 0), torch.empty(0), torch.empty(0)
+    bias = pool.bias if pairs.corrected else None
 
     def before(rows: slice, tile: Tensor) -> None:
         nonlocal slab, inside, logits
         first, last = pairs.first[rows], pairs.last[rows]
         slab = slice(int(first[0]), int(last[-1])) if _checks.readable(first) else slice(0, pairs.num_positives)
         inside = (place[slab] >= first[:, None]) & (place[slab] < last[:, None])
-        logits = tile[:, slab].clone()
-        if pool.bias is not None and not pairs.corrected:
-            tile += pool.bias
+        logits = tile[:, slab].clone() if bias is None else tile[:, slab] + bias[slab]
 
     def upstream(log_sum_exp: Tensor, rows: slice, probabilities: Tensor) -> Tensor:
         behind = (log_sum_exp[rows, None] - logits).masked_fill_(~inside, -torch.inf)
@@ -83,9 +82,7 @@ def _sweep(
             pulled[slab].addmv_(pulls.t(), weights[rows])
         return weights[rows] * slopes
 
-    # The bias of a positive that is not corrected is not taken off again, which would cost its logit digits.
-    seen = pool if pairs.corrected else pool._replace(bias=None)
-    swept = sweep(queries, seen, inverse_temperature, upstream, wanted, before)
+    swept = sweep(queries, pool, inverse_temperature, upstream, wanted, before)
     if wanted.bias:
         swept[3][: pairs.num_positives] += pulled
     return losses, swept[1], swept[2], swept[3], swept[4]

@@ -1,4 +1,4 @@
-"""Sampled softmax a few rows at a time: the logits of one tile stay in cache and rows x columns never exist.
+"""Sampled softmax some rows at a time: one tile of logits is all there is, and rows x columns never exist.
 
 A tile of rows meets every column, so its log-sum-exp is final at once, and the tile, turned into probabilities in
 place, gives its share of every gradient before the next one overwrites it: three matrix products in all. That needs the
@@ -9,6 +9,7 @@ sweeps again.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -19,17 +20,18 @@ from torch.nn import functional as F
 from recblocks import _checks
 from recblocks.kernels.dispatch import watched
 from recblocks.kernels.own_positives import OwnPositives
+from recblocks.kernels.sampled_softmax import cpp
 from recblocks.kernels.sampled_softmax.pool import Pool, Wanted, clear_unused, empty_gradients, refuse
 
-# One tile of logits: large enough for the matrix products, small enough to stay in a CPU's last-level cache.
-_TILE_BYTES = 16 * 2**20
+# One tile of logits: as many rows as the matrix products take to be as fast as square ones, 256 of 65,536 columns.
+_TILE_BYTES = 64 * 2**20
 _MIN_ROWS = 16
 _PAIRS = 4096  # whose embeddings are gathered at once
 
 # Of every row's log-sum-exp so far (U,), the rows of one tile and their probabilities, which may be changed: the loss's
 # derivative by those rows' log-sum-exp.
 Upstream = Callable[[Tensor, slice, Tensor], Tensor]
-# Sees the rows of one tile and their logits before any is masked.
+# Sees the rows of one tile and their logits before any is masked or gets its column's bias.
 Before = Callable[[slice, Tensor], None]
 
 
@@ -66,24 +68,25 @@ def sweep(
 
     negatives = pool.negatives
     own = OwnPositives(*pool.own) if pool.own else None
-    rows = min(num_rows, max(_MIN_ROWS, _TILE_BYTES // (num_columns * queries.element_size())))
+    most = max(_MIN_ROWS, _TILE_BYTES // (num_columns * queries.element_size()))
+    rows = math.ceil(num_rows / math.ceil(num_rows / most))  # tiles of about the same size
     buffer = queries.new_empty(rows, num_columns)
+    in_cpp = cpp.takes(buffer)
     # Autocast leaves products alone that are written into a given tensor, as all of these are.
     for start in range(0, num_rows, rows):
         chunk = slice(start, min(start + rows, num_rows))
         tile = buffer[: chunk.stop - start]
         scaled = queries[chunk] * inverse_temperature
-        if pool.bias is None:
-            torch.mm(scaled, negatives.t(), out=tile)
-        else:
-            torch.addmm(pool.bias, scaled, negatives.t(), out=tile)
+        torch.mm(scaled, negatives.t(), out=tile)
         if before is not None:
             before(chunk, tile)
+        if pool.bias is not None and not in_cpp:
+            tile += pool.bias
         if pool.masked is not None:
             tile.masked_fill_(pool.masked[chunk], -torch.inf)
         if own is not None:
             own.fill_(tile, start, -torch.inf)
-        log_sum_exp[chunk] = _softmax_(tile)
+        log_sum_exp[chunk] = cpp.softmax_(tile, pool.bias) if in_cpp else _softmax_(tile)
         if upstream is None:
             continue
         slope = upstream(log_sum_exp, chunk, tile)[:, None]
