@@ -3,41 +3,33 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from typing import TypeAlias
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from benchmarks._comparison import Comparison
+from benchmarks.bench_sampled_softmax import ALLOWED, DIM, Batch, items_and_log_q, step, unit_vectors
 from recblocks import dense_all_action_loss, own_positive_mask, sampled_softmax_loss
 
-NUM_ROWS, NUM_POSITIVES, NUM_RANDOM, DIM, NUM_USERS, NUM_DAYS = 4096, 5000, 8192, 256, 64, 90
+NUM_ROWS, NUM_POSITIVES, NUM_RANDOM, NUM_USERS, NUM_DAYS = 4096, 5000, 8192, 64, 90
 WINDOWS = 1, 4, 16, 64  # days
-# A float32 dot product of unit vectors over τ = 0.1 is off by some 2**-23 * 10, a probability by that share.
-ALLOWED = 200 * torch.finfo(torch.float32).eps
-
-Batch: TypeAlias = dict[str, Tensor]
 EMBEDDINGS = "queries", "positives", "negatives"
 
 
 def batch(seed: int, device: torch.device) -> Batch:
-    """Users' queries and positives at random days, items by a power law, unit embeddings."""
+    """Users' queries and positives at random days, unit embeddings."""
     generator = torch.Generator().manual_seed(seed)
 
     def among(most: int, number: int) -> Tensor:
         return torch.randint(most, (number,), generator=generator)
 
-    def unit(rows: int) -> Tensor:
-        return functional.normalize(torch.randn(rows, DIM, generator=generator), dim=1)
-
-    items = (torch.rand(NUM_POSITIVES + NUM_RANDOM, generator=generator) ** 3 * 10**5).long() * 104729 - 10**15
-    log_q = torch.rand(NUM_POSITIVES + NUM_RANDOM, generator=generator).log() - 9
+    items, log_q = items_and_log_q(NUM_POSITIVES + NUM_RANDOM, generator)
     drawn = {
-        "queries": unit(NUM_ROWS),
-        "positives": unit(NUM_POSITIVES),
-        "negatives": unit(NUM_RANDOM),
+        "queries": unit_vectors(NUM_ROWS, generator),
+        "positives": unit_vectors(NUM_POSITIVES, generator),
+        "negatives": unit_vectors(NUM_RANDOM, generator),
         "query_users": among(NUM_USERS, NUM_ROWS) * 7919 - 10**12,
         "query_times": among(NUM_DAYS, NUM_ROWS),
         "positive_users": among(NUM_USERS, NUM_POSITIVES) * 7919 - 10**12,
@@ -56,12 +48,12 @@ def pairs(data: Batch, window: int) -> Tensor:
     return (data["query_users"][:, None] == data["positive_users"]) & (later > 0) & (later <= window)
 
 
-def pairless(data: Batch, leaves: list[Tensor], window: int, backend: str) -> Tensor:
+def pairless(data: Batch, leaves: list[Tensor], temperature: Tensor, window: int, backend: str) -> Tensor:
     others = {name: one for name, one in data.items() if name not in (*EMBEDDINGS, "listed")}
-    return dense_all_action_loss(*leaves, **others, window=window, temperature=0.1, backend=backend)  # type: ignore[arg-type]
+    return dense_all_action_loss(*leaves, **others, window=window, temperature=temperature, backend=backend)  # type: ignore[arg-type]
 
 
-def listed(data: Batch, leaves: list[Tensor], window: int, backend: str) -> Tensor:  # noqa: ARG001
+def listed(data: Batch, leaves: list[Tensor], temperature: Tensor, window: int, backend: str) -> Tensor:  # noqa: ARG001
     """A loader made the list; only what is done with it is timed."""
     row, column = data["listed"]
     queries, positives, negatives = leaves
@@ -75,29 +67,22 @@ def listed(data: Batch, leaves: list[Tensor], window: int, backend: str) -> Tens
         log_q_negatives=log_q,
         own=(data["query_users"], items, data["positive_users"], data["positive_items"]),
         pair_queries=row,
-        temperature=0.1,
+        temperature=temperature,
         backend=backend,
     )
 
 
-def eager(data: Batch, leaves: list[Tensor], window: int) -> Tensor:
+def eager(data: Batch, leaves: list[Tensor], temperature: Tensor, window: int) -> Tensor:
     """As a user would write it: one product, a mask of rows x columns, and one of rows x positives."""
     queries, positives, negatives = leaves
     items = torch.cat([data["positive_items"], data["negative_items"]])
-    logits = queries @ torch.cat([positives, negatives]).t() / 0.1
+    logits = queries @ torch.cat([positives, negatives]).t() / temperature
     logits = logits - torch.cat([data["log_q_positives"], data["log_q_negatives"]]).to(logits)
     own = own_positive_mask(data["query_users"], items, data["positive_users"], data["positive_items"])
     sums = logits.masked_fill(own, -torch.inf).logsumexp(1, keepdim=True)
     met = pairs(data, window)
     losses = functional.softplus(sums - logits[:, : positives.shape[0]])
     return losses.masked_fill(~met, 0).sum() / met.sum()
-
-
-def step(of: Callable[..., Tensor], dtype: torch.dtype, data: Batch) -> list[Tensor]:
-    """Loss and gradients."""
-    leaves = [data[name].to(dtype).detach().requires_grad_() for name in EMBEDDINGS]
-    loss = of(data, leaves)
-    return [loss.detach(), *torch.autograd.grad(loss, leaves)]
 
 
 def comparisons(device: torch.device) -> Iterator[Comparison]:

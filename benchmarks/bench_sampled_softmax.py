@@ -27,21 +27,26 @@ ALLOWED = 200 * torch.finfo(torch.float32).eps
 Batch: TypeAlias = dict[str, Tensor]
 
 
+def unit_vectors(number: int, generator: torch.Generator) -> Tensor:
+    return functional.normalize(torch.randn(number, DIM, generator=generator), dim=1)
+
+
+def items_and_log_q(number: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Ids by a power law, so that a pool holds duplicates."""
+    items = (torch.rand(number, generator=generator) ** 3 * 10**5).long() * 104729 - 10**15
+    return items, torch.rand(number, generator=generator).log() - 9
+
+
 def batch(num_queries: int, num_pairs: int, seed: int, device: torch.device, num_columns: int = NUM_COLUMNS) -> Batch:
-    """About 6 rows a user, items by a power law (so that the pool holds duplicates), unit embeddings."""
+    """About 6 rows a user, unit embeddings."""
     generator = torch.Generator().manual_seed(seed)
-
-    def unit(rows: int) -> Tensor:
-        return functional.normalize(torch.randn(rows, DIM, generator=generator), dim=1)
-
     pair_queries = torch.arange(num_pairs) % num_queries
     row_users = torch.randint(num_queries // 6 + 1, (num_queries,), generator=generator) * 7919 - 10**12
-    items = (torch.rand(num_pairs + num_columns, generator=generator) ** 3 * 10**5).long() * 104729 - 10**15
-    log_q = torch.rand(num_pairs + num_columns, generator=generator).log() - 9
+    items, log_q = items_and_log_q(num_pairs + num_columns, generator)
     drawn = {
-        "queries": unit(num_queries),
-        "positives": unit(num_pairs),
-        "negatives": unit(num_columns),
+        "queries": unit_vectors(num_queries, generator),
+        "positives": unit_vectors(num_pairs, generator),
+        "negatives": unit_vectors(num_columns, generator),
         "log_q_positives": log_q[:num_pairs],
         "log_q_negatives": log_q[num_pairs:],
         "row_users": row_users,

@@ -1,7 +1,4 @@
-import contextlib
 import functools
-import importlib
-import importlib.util
 import math
 
 import oracles
@@ -10,6 +7,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from largest import Largest
+from pooled_losses import BACKENDS, FAST, INTERPRETED, interpret_small_tiles, tiles_of
 from torch.utils.checkpoint import checkpoint
 
 import recblocks
@@ -27,36 +25,17 @@ from recblocks import (
 )
 from recblocks.kernels.dense_all_action import chunked
 from recblocks.kernels.dense_all_action import dispatch as pairs_dispatch
-from recblocks.kernels.sampled_softmax import chunked as softmax_chunked
 from recblocks.kernels.sampled_softmax.pool import Pool, Wanted
 from recblocks.kernels.windows import windows
 
-INTERPRETED = importlib.util.find_spec("triton") is not None and not torch.cuda.is_available()
-FAST = ("chunked", "triton") if INTERPRETED else ("chunked",)
-BACKENDS = ("reference", *FAST)
 EPSILON = torch.finfo(torch.float64).eps
 LATEST, EARLIEST = 2**63 - 1, -(2**63)
 FLOATS = ("temperature", "log_q_positives", "log_q_negatives", "weights")
 
 
-@contextlib.contextmanager
-def tiles_of(rows):
-    """Make the chunked backend take this many rows at a time, whatever the number of columns."""
-    before = softmax_chunked._TILE_BYTES, softmax_chunked._MIN_ROWS
-    softmax_chunked._TILE_BYTES, softmax_chunked._MIN_ROWS = 0, rows
-    try:
-        yield
-    finally:
-        softmax_chunked._TILE_BYTES, softmax_chunked._MIN_ROWS = before
-
-
 @pytest.fixture(autouse=True)
 def _small_tiles(monkeypatch):
-    if INTERPRETED:
-        sizes = {"WIDTH": 32, "KEPT": 4, "TILE": 4, "PRECISION": "ieee"}
-        for op in ("sampled_softmax", "dense_all_action"):
-            kernels = importlib.import_module(f"recblocks.kernels.{op}.triton")
-            monkeypatch.setattr(kernels, "sizes_of", lambda dim, *_: (sizes | {"DIM": dim}, {}))
+    interpret_small_tiles(monkeypatch, "sampled_softmax", "dense_all_action")
     with tiles_of(2):
         yield
 

@@ -1,10 +1,12 @@
 """Triton's kernels of the dense all-action loss at the sizes they are built for; on a GPU, or else interpreted."""
 
 import hopper
+import pooled_losses
 import pytest
 import torch
 from largest import Largest
 from poison import inside_nan
+from pooled_losses import FLOAT32
 
 from recblocks import dense_all_action_loss
 from recblocks.kernels.windows import windows
@@ -12,8 +14,6 @@ from recblocks.kernels.windows import windows
 kernels = pytest.importorskip("recblocks.kernels.dense_all_action.triton", exc_type=ImportError)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.usefixtures("unwritten_is_nan")
-# Of logits below 40 a float32 is off by 40 * 2**-24, a probability by as large a share of it, and a sum by a few.
-FLOAT32 = 200 * torch.finfo(torch.float32).eps
 # A share is rounded to bfloat16 before it meets an embedding, and so are the sums of both kinds and their own sum.
 BFLOAT16 = 3 * 2**-8
 
@@ -44,24 +44,9 @@ def case(rows, positives, negatives, dim, dtype, num_users=None, seed=0):
     }
 
 
-def gradients(embeddings, keywords, dtype, backend):
-    leaves = [one.to(dtype).detach().requires_grad_() for one in embeddings]
-    numbers = torch.promote_types(dtype, torch.float32)
-    keywords = {name: one.to(numbers) if torch.is_tensor(one) and one.is_floating_point() else one
-                for name, one in keywords.items()}  # fmt: skip
-    log_q = keywords["log_q_positives"] = keywords["log_q_positives"].detach().requires_grad_()
-    temperature = torch.tensor(0.3, dtype=numbers, device=DEVICE, requires_grad=True)
-    loss = dense_all_action_loss(*leaves, **keywords, temperature=temperature, backend=backend)
-    return loss.detach(), torch.autograd.grad(loss, [*leaves, log_q, temperature])
-
-
 def agree(embeddings, keywords, dtype):
-    loss, got = gradients(embeddings, keywords, dtype, "triton")
-    want_loss, want = gradients(embeddings, keywords, torch.float64, "reference")
-    assert abs(loss - want_loss) <= FLOAT32 * abs(want_loss)
     allowed = BFLOAT16 if dtype == torch.bfloat16 else FLOAT32
-    for one, other in zip(got, want, strict=True):
-        assert (one.double() - other).norm() <= allowed * max(other.norm(), 1e-6)
+    pooled_losses.agree(dense_all_action_loss, embeddings, keywords, "log_q_positives", dtype, allowed)
 
 
 @pytest.mark.parametrize(

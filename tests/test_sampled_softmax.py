@@ -1,6 +1,4 @@
-import contextlib
 import functools
-import importlib.util
 import math
 import sys
 
@@ -10,6 +8,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from largest import Largest
+from pooled_losses import BACKENDS, FAST, INTERPRETED, interpret_small_tiles, tiles_of
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -20,32 +19,15 @@ from recblocks.kernels.sampled_softmax import dispatch as softmax_dispatch
 from recblocks.kernels.sampled_softmax.dispatch import resolve
 from recblocks.kernels.sampled_softmax.pool import Pool, Wanted
 
-# Triton's kernels by its interpreter; on a GPU they are tested in test_sampled_softmax_kernels.py.
-INTERPRETED = importlib.util.find_spec("triton") is not None and not torch.cuda.is_available()
-FAST = ("chunked", "triton") if INTERPRETED else ("chunked",)
-BACKENDS = ("reference", *FAST)
 EPSILON = torch.finfo(torch.float64).eps
 LIMITS = [0, 1, -1, 2**63 - 1, -(2**63), 2**63 - 2]
 
 
-@contextlib.contextmanager
-def tiles_of(rows):
-    """Make the chunked backend take this many rows, and pairs, at a time, whatever the number of columns."""
-    before = chunked._TILE_BYTES, chunked._MIN_ROWS, chunked._PAIRS
-    chunked._TILE_BYTES, chunked._MIN_ROWS, chunked._PAIRS = 0, rows, rows
-    try:
-        yield
-    finally:
-        chunked._TILE_BYTES, chunked._MIN_ROWS, chunked._PAIRS = before
-
-
 @pytest.fixture(autouse=True)
 def _small_tiles(monkeypatch):
+    interpret_small_tiles(monkeypatch, "sampled_softmax")
     if INTERPRETED:
-        kernels = importlib.import_module("recblocks.kernels.sampled_softmax.triton")
-        sizes = {"WIDTH": 32, "KEPT": 4, "TILE": 4, "PRECISION": "ieee"}
-        monkeypatch.setattr(kernels, "sizes_of", lambda dim, *_: (sizes | {"DIM": dim}, {}))
-        monkeypatch.setattr(kernels, "_LEAST_SWEPT", 4)
+        monkeypatch.setattr("recblocks.kernels.sampled_softmax.triton._LEAST_SWEPT", 4)
     with tiles_of(2):
         yield
 

@@ -6,10 +6,11 @@ import math
 import pytest
 import torch
 from poison import inside_nan
+from pooled_losses import tiles_of
 
 from recblocks import sampled_softmax_loss
 from recblocks.kernels import building
-from recblocks.kernels.sampled_softmax import chunked, cpp
+from recblocks.kernels.sampled_softmax import cpp
 
 pytestmark = pytest.mark.skipif(building.compiler() is None, reason="needs a C++ compiler")
 
@@ -150,8 +151,6 @@ def test_the_loss_in_float32_is_that_in_float64(monkeypatch, in_cpp, reduction, 
         return taken[-1]
 
     monkeypatch.setattr(cpp, "takes", takes)
-    monkeypatch.setattr(chunked, "_TILE_BYTES", 0)
-    monkeypatch.setattr(chunked, "_MIN_ROWS", rows)
     num_rows, num_columns = 37, 83
     pair_queries, users = torch.randint(num_rows, (50,)), torch.randint(9, (num_rows,))
     masked = torch.rand(num_rows, num_columns) < 0.3
@@ -180,7 +179,9 @@ def test_the_loss_in_float32_is_that_in_float64(monkeypatch, in_cpp, reduction, 
         )
         return [result.detach(), *torch.autograd.grad(result.sum(), leaves)]
 
-    got, want = loss(torch.float32, "chunked"), loss(torch.float64, "reference")
+    with tiles_of(rows):
+        got = loss(torch.float32, "chunked")
+    want = loss(torch.float64, "reference")
     assert taken
     assert all(one == in_cpp for one in taken)
     # Logits of up to some 20 are off by half an epsilon of that each time they are rounded, which is a share of every

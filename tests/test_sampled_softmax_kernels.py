@@ -1,10 +1,12 @@
 """Triton's kernels of the sampled softmax at the sizes they are built for; on a GPU, or else in its interpreter."""
 
 import hopper
+import pooled_losses
 import pytest
 import torch
 from largest import Largest
 from poison import inside_nan
+from pooled_losses import FLOAT32
 
 from recblocks import own_positive_mask, sampled_softmax_loss
 from recblocks.kernels.own_positives import owned_ranges
@@ -12,8 +14,6 @@ from recblocks.kernels.own_positives import owned_ranges
 kernels = pytest.importorskip("recblocks.kernels.sampled_softmax.triton", exc_type=ImportError)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.usefixtures("unwritten_is_nan")
-# Of logits below 40 a float32 is off by 40 * 2**-24, a probability by as large a share of it, and a sum by a few.
-FLOAT32 = 200 * torch.finfo(torch.float32).eps
 # A probability is rounded to bfloat16 before it meets an embedding, and so is the sum.
 BFLOAT16 = 2 * 2**-8
 
@@ -41,24 +41,9 @@ def case(rows, columns, dim, dtype, mask="own", num_items=None, seed=0):
     return embeddings, keywords
 
 
-def gradients(embeddings, keywords, dtype, backend):
-    leaves = [one.to(dtype).detach().requires_grad_() for one in embeddings]
-    numbers = torch.promote_types(dtype, torch.float32)
-    keywords = {name: one.to(numbers) if torch.is_tensor(one) and one.is_floating_point() else one
-                for name, one in keywords.items()}  # fmt: skip
-    log_q = keywords["log_q_negatives"] = keywords["log_q_negatives"].detach().requires_grad_()
-    temperature = torch.tensor(0.3, dtype=numbers, device=DEVICE, requires_grad=True)
-    loss = sampled_softmax_loss(*leaves, **keywords, temperature=temperature, backend=backend)
-    return loss.detach(), torch.autograd.grad(loss, [*leaves, log_q, temperature])
-
-
 def agree(embeddings, keywords, dtype):
-    loss, got = gradients(embeddings, keywords, dtype, "triton")
-    want_loss, want = gradients(embeddings, keywords, torch.float64, "reference")
-    assert abs(loss - want_loss) <= FLOAT32 * abs(want_loss)
     allowed = BFLOAT16 if dtype == torch.bfloat16 else FLOAT32
-    for one, other in zip(got, want, strict=True):
-        assert (one.double() - other).norm() <= allowed * max(other.norm(), 1e-6)
+    pooled_losses.agree(sampled_softmax_loss, embeddings, keywords, "log_q_negatives", dtype, allowed)
 
 
 @pytest.mark.parametrize("mask", ["none", "own", "masked"])
@@ -101,10 +86,11 @@ def test_a_user_of_every_row_and_pairs_that_stand_twice():
 def test_the_pool_in_splits_is_the_pool_at_once(monkeypatch):
     embeddings, keywords = case(70, 1500, 8, torch.float32)
     monkeypatch.setattr(kernels, "_PROGRAMS", 1)
-    loss, want = gradients(embeddings, keywords, torch.float32, "triton")
+    given = sampled_softmax_loss, embeddings, keywords, "log_q_negatives", torch.float32, "triton"
+    loss, want = pooled_losses.gradients(*given)
     monkeypatch.setattr(kernels, "_PROGRAMS", 528)
     monkeypatch.setattr(kernels, "_LEAST_SWEPT", 37)
-    other, got = gradients(embeddings, keywords, torch.float32, "triton")
+    other, got = pooled_losses.gradients(*given)
     torch.testing.assert_close(other, loss, rtol=FLOAT32, atol=0)
     for one, wanted in zip(got, want, strict=True):
         assert (one - wanted).norm() <= FLOAT32 * wanted.norm()

@@ -55,7 +55,7 @@ def clear(x: Tensor, present: Tensor | None) -> Tensor:
     return x.masked_fill(~present.view(-1, *[1] * (x.ndim - 1)), 0)
 
 
-def reference_log_sum_exp(queries: Tensor, pool: Pool, inverse_temperature: Tensor) -> Tensor:
+def _log_sum_exp(queries: Tensor, pool: Pool, inverse_temperature: Tensor) -> Tensor:
     """The reference: all logits at once, (U,) -inf where every column is masked."""
     negatives, bias, masked, own, _ = clear_unused(pool)
     logits = (queries * inverse_temperature) @ negatives.t()
@@ -74,4 +74,4 @@ def reference_log_sum_exp(queries: Tensor, pool: Pool, inverse_temperature: Tens
     return torch.logsumexp(logits, dim=1).masked_fill(empty, -torch.inf)
 
 
-LOG_SUM_EXP = {"reference": reference_log_sum_exp, "chunked": chunked.log_sum_exp, "triton": triton_log_sum_exp}
+LOG_SUM_EXP = {"reference": _log_sum_exp, "chunked": chunked.log_sum_exp, "triton": triton_log_sum_exp}

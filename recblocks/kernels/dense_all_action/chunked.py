@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from recblocks import _checks
 from recblocks.kernels.sampled_softmax.chunked import once, scaled, sweep
-from recblocks.kernels.sampled_softmax.pool import Pool, Wanted, empty_gradients
+from recblocks.kernels.sampled_softmax.pool import Pool, Wanted, empty_gradients, wanted_now
 
 
 class Pairs(NamedTuple):
@@ -43,12 +43,7 @@ def sum_of_losses(queries: Tensor, pool: Pool, inverse_temperature: Tensor, pair
         pairs: which columns are whose.
         weights: (U,) of each pair of the row.
     """
-    gradients = torch.is_grad_enabled()
-    wanted = [
-        gradients and (queries.requires_grad or inverse_temperature.requires_grad),
-        gradients and pool.negatives.requires_grad,
-        gradients and pool.bias is not None and pool.bias.requires_grad,
-    ]
+    wanted = [*wanted_now(queries, pool, inverse_temperature)]
     total: Tensor = _weighted_sum(queries, *pool[:2], inverse_temperature, weights, *pairs, pool.own, wanted)[0]
     return total
 

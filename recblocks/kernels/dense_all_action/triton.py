@@ -11,9 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from recblocks.kernels.sampled_softmax.triton import _lines, sizes_of
-
-_NONE = tl.constexpr(2**31 - 1)  # behind every line
+from recblocks.kernels.sampled_softmax.triton import NO_LINE, lines_of, sizes_of
 
 
 @triton.jit
@@ -21,7 +19,7 @@ def _met(first, last, line, real):
     """Each line's range on the other side, and the least range with all of them."""
     begin, end = tl.load(first + line, real, 0), tl.load(last + line, real, 0)
     some = begin < end
-    return begin, end, tl.min(tl.where(some, begin, _NONE)), tl.max(tl.where(some, end, 0))
+    return begin, end, tl.min(tl.where(some, begin, NO_LINE)), tl.max(tl.where(some, end, 0))
 
 
 @triton.jit
@@ -55,7 +53,7 @@ def pairs_of_rows(
     dtype = losses.dtype.element_ty
     row = tl.program_id(0) * KEPT + tl.arange(0, KEPT)
     real = row < num_rows
-    query = _lines(queries, row, real, DIM, WIDTH)
+    query = lines_of(queries, row, real, DIM, WIDTH)
     inverse = tl.load(inverse_temperature)
     sums = tl.load(log_sum_exp + row, real, 0.0)
     begin, end, low, high = _met(first, last, row, real)
@@ -64,7 +62,7 @@ def pairs_of_rows(
     for start in range(low, high, TILE):
         at = start + tl.arange(0, TILE)
         met = (at[None, :] >= begin[:, None]) & (at[None, :] < end[:, None])
-        positive = _lines(positives, at, at < high, DIM, WIDTH)
+        positive = lines_of(positives, at, at < high, DIM, WIDTH)
         logits = tl.dot(query, tl.trans(positive), input_precision=PRECISION, out_dtype=dtype) * inverse
         if SHIFTED:
             logits += tl.load(shift + at, at < high, 0.0)[None, :]
@@ -109,7 +107,7 @@ def pairs_of_columns(
     dtype = mass.dtype.element_ty
     column = tl.program_id(0) * KEPT + tl.arange(0, KEPT)
     real = column < num_columns
-    positive = _lines(positives, column, real, DIM, WIDTH)
+    positive = lines_of(positives, column, real, DIM, WIDTH)
     inverse = tl.load(inverse_temperature)
     moved = tl.zeros((KEPT,), dtype)
     if SHIFTED:
@@ -121,7 +119,7 @@ def pairs_of_columns(
         at = start + tl.arange(0, TILE)
         inside = at < high
         met = (at[None, :] >= begin[:, None]) & (at[None, :] < end[:, None])
-        query = _lines(queries, at, inside, DIM, WIDTH)
+        query = lines_of(queries, at, inside, DIM, WIDTH)
         logits = tl.dot(positive, tl.trans(query), input_precision=PRECISION, out_dtype=dtype) * inverse
         logits += moved[:, None]
         share = _share(tl.load(log_sum_exp + at, inside, 0.0)[None, :] - logits)

@@ -21,7 +21,7 @@ from recblocks import _checks
 from recblocks.kernels.dispatch import watched
 from recblocks.kernels.own_positives import OwnPositives
 from recblocks.kernels.sampled_softmax import cpp
-from recblocks.kernels.sampled_softmax.pool import Pool, Wanted, clear_unused, empty_gradients, refuse
+from recblocks.kernels.sampled_softmax.pool import Pool, Wanted, clear_unused, empty_gradients, refuse, wanted_now
 
 # One tile of logits: as many rows as the matrix products take to be as fast as square ones, 256 of 65,536 columns.
 _TILE_BYTES = 64 * 2**20
@@ -144,13 +144,8 @@ def sum_of_losses(
         weights: (R,) at least 0.
         pair_queries: (R,) the query row of each pair; None: pair r is of row r.
     """
-    gradients = torch.is_grad_enabled()
-    wanted = [
-        gradients and (queries.requires_grad or inverse_temperature.requires_grad),
-        gradients and positives.requires_grad,
-        gradients and pool.negatives.requires_grad,
-        gradients and pool.bias is not None and pool.bias.requires_grad,
-    ]
+    of_queries, *of_columns = wanted_now(queries, pool, inverse_temperature)
+    wanted = [of_queries, torch.is_grad_enabled() and positives.requires_grad, *of_columns]
     total: Tensor = _weighted_sum(
         queries, positives, shift, *pool[:2], inverse_temperature, weights, pair_queries, *pool[2:], wanted
     )[0]

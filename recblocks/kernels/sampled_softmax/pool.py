@@ -29,6 +29,17 @@ class Wanted(NamedTuple):
     bias: bool
 
 
+def wanted_now(queries: Tensor, pool: Pool, inverse_temperature: Tensor) -> Wanted:
+    """What a call that makes gradients in its forward has to make."""
+    if not torch.is_grad_enabled():
+        return Wanted(False, False, False)
+    return Wanted(
+        queries.requires_grad or inverse_temperature.requires_grad,
+        pool.negatives.requires_grad,
+        pool.bias is not None and pool.bias.requires_grad,
+    )
+
+
 def empty_gradients(queries: Tensor, negatives: Tensor, wanted: Wanted) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Memory for those of queries, negatives, bias and inverse temperature; empty where not wanted."""
     return (

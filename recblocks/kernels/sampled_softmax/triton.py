@@ -20,13 +20,13 @@ from torch import Tensor
 
 from recblocks.kernels.own_positives import Ranges
 
-_NONE = tl.constexpr(2**31 - 1)  # behind every line
+NO_LINE = tl.constexpr(2**31 - 1)  # behind every line
 _PROGRAMS = 528  # enough for four on each of a Hopper GPU's 132 multiprocessors
 _LEAST_SWEPT = 512  # lines of a split; fewer do not pay for its own output
 
 
 @triton.jit
-def _lines(matrix, at, mask, DIM: tl.constexpr, WIDTH: tl.constexpr):
+def lines_of(matrix, at, mask, DIM: tl.constexpr, WIDTH: tl.constexpr):
     """(lines, WIDTH), zeros where masked and behind the last column."""
     column = tl.arange(0, WIDTH)
     wanted = mask[:, None] & (column < DIM)[None, :]
@@ -50,14 +50,14 @@ def _reach(cursor, stop, last, low, OWNED: tl.constexpr):
 def _hide(logits, at, end, cursor, stop, first, last, OWNED: tl.constexpr):
     """-inf in the tile of other lines ``at``, all before ``end``, that each line owns; and each line's next range."""
     if OWNED:
-        begin = tl.load(first + cursor, cursor < stop, _NONE)
+        begin = tl.load(first + cursor, cursor < stop, NO_LINE)
         if tl.min(begin) < end:  # beside the loop over tiles a bare loop would keep Triton from pipelining that
             while tl.min(begin) < end:
                 to = tl.load(last + cursor, begin < end, 0)
                 logits = tl.where((at[None, :] >= begin[:, None]) & (at[None, :] < to[:, None]), -float("inf"), logits)
                 passed = (begin < end) & (to <= end)
                 cursor += passed.to(tl.int32)
-                begin = tl.load(first + cursor, passed & (cursor < stop), _NONE)
+                begin = tl.load(first + cursor, passed & (cursor < stop), NO_LINE)
     return logits, cursor
 
 
@@ -91,7 +91,7 @@ def softmax_of_rows(
     dtype = log_sum_exp.dtype.element_ty
     row, split = tl.program_id(0) * KEPT + tl.arange(0, KEPT), tl.program_id(1)
     real = row < num_rows
-    query = _lines(queries, row, real, DIM, WIDTH)
+    query = lines_of(queries, row, real, DIM, WIDTH)
     inverse = tl.load(inverse_temperature)
     low = split * swept
     high = tl.minimum(low + swept, num_columns)
@@ -105,7 +105,7 @@ def softmax_of_rows(
     for start in range(low, high, TILE):
         column = start + tl.arange(0, TILE)
         inside = column < high
-        negative = _lines(negatives, column, inside, DIM, WIDTH)
+        negative = lines_of(negatives, column, inside, DIM, WIDTH)
         logits = tl.dot(query, tl.trans(negative), input_precision=PRECISION, out_dtype=dtype) * inverse
         if BIASED:
             logits += tl.load(bias + column, inside, 0.0)[None, :]
@@ -165,7 +165,7 @@ def gradients_of_columns(
     dtype = log_sum_exp.dtype.element_ty
     column, split = tl.program_id(0) * KEPT + tl.arange(0, KEPT), tl.program_id(1)
     real = column < num_columns
-    negative = _lines(negatives, column, real, DIM, WIDTH)
+    negative = lines_of(negatives, column, real, DIM, WIDTH)
     inverse = tl.load(inverse_temperature)
     low = split * swept
     high = tl.minimum(low + swept, num_rows)
@@ -181,7 +181,7 @@ def gradients_of_columns(
     for start in range(low, high, TILE):
         row = start + tl.arange(0, TILE)
         inside = row < high
-        query = _lines(queries, row, inside, DIM, WIDTH)
+        query = lines_of(queries, row, inside, DIM, WIDTH)
         logits = tl.dot(negative, tl.trans(query), input_precision=PRECISION, out_dtype=dtype) * inverse
         logits += shift[:, None]
         if MASKED:
