@@ -82,6 +82,12 @@ def test_the_package_imports_with_every_optional_package_blocked():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_importing_the_package_does_not_import_torch_s_compiler():
+    # It takes a second, and a process that compiles nothing never needs it.
+    code = "import sys, torch, recblocks; raise SystemExit('torch._dynamo' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_numbers_are_read_on_a_cpu_only_and_outside_of_transforms():
     seen = []
 

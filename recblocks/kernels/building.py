@@ -47,6 +47,12 @@ def compiler() -> list[str] | None:
     return None if found is None else [found]
 
 
+def constant(function: Callable[[], bool]) -> Callable[[], bool]:
+    """`torch.compiler.assume_constant_result`, which would take a second to import torch's compiler."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 def is_available(load: Callable[[], ctypes.CDLL], what: str) -> bool:
     """Whether a library is built, or can be and is now; a compiler that fails is warned of, once.
 

@@ -66,7 +66,7 @@ class _Out(ctypes.Structure):
     )
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@building.constant
 def is_available() -> bool:
     """Whether it is built, or can be and is now; a compiler that fails is warned of, once."""
     return building.is_available(library, "ids are looked up")

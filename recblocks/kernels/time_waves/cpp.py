@@ -6,7 +6,6 @@ import ctypes
 import functools
 import pathlib
 
-import torch
 from torch import Tensor
 
 from recblocks.kernels import building
@@ -16,7 +15,6 @@ class _Times(ctypes.Structure):
     _fields_ = (("whole", ctypes.c_void_p), ("part", ctypes.c_void_p), ("num_times", ctypes.c_int64))
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def is_available() -> bool:
     """Whether it is built, or can be and is now; a compiler that fails is warned of, once."""
     return building.is_available(library, "times are encoded")
