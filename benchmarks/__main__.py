@@ -1,7 +1,7 @@
 """``python -m benchmarks [name ...]`` runs every ``bench_<name>.py`` beside this file, or the named ones.
 
-What has ``comparisons`` is checked against float64, timed beside its peers and, with ``--json``, written down. The
-others print tables of their own. Exits with 1 where a form of ours is wrong.
+What has ``comparisons`` is checked against float64 and timed beside its peers; the others have ``tables`` of their own,
+and raise where what they time is wrong. ``--json`` writes both down. Exits with 1 where a form of ours is wrong.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from benchmarks._comparison import is_wrong, measure, show
 from benchmarks._machine import Rates, described, measure_rates, show_rates
 from benchmarks._report import as_json, show_beside, write
-from benchmarks._timing import keep_memory
+from benchmarks._timing import keep_memory, table
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -37,17 +37,26 @@ def main(arguments: list[str] | None = None) -> int:
     machine = described(given.device)
     print(f"{machine['processor']}, {machine['threads']} threads, {machine['versions']}, commit {machine['commit']}")
     rates: dict[str, Rates] = {}
-    results, wrong = [], False
+    results: list[dict[str, Any]] = []
+    tables: list[dict[str, Any]] = []
+    wrong = False
 
     def found_so_far() -> dict[str, Any]:
-        return {"machine": machine, "rates": {name: one._asdict() for name, one in rates.items()}, "results": results}
+        measured = {name: one._asdict() for name, one in rates.items()}
+        return {"machine": machine, "rates": measured, "results": results, "tables": tables}
+
+    def keep() -> None:
+        """After each result, so that a run which is stopped has written what it saw."""
+        if given.json is not None:
+            write(given.json, found_so_far())
 
     for name in given.names or names:
         module = importlib.import_module(f"benchmarks.bench_{name}")
-        if not hasattr(module, "comparisons"):
-            module.main()
-            continue
-        for one in module.comparisons(given.device):
+        for seen in module.tables() if hasattr(module, "tables") else ():
+            table(*seen)
+            tables.append(seen._asdict())
+            keep()
+        for one in module.comparisons(given.device) if hasattr(module, "comparisons") else ():
             torch.compiler.reset()  # there is a limit to how often one function is compiled
             factors = "bfloat16" if one.dtype == "bfloat16" else "float32"
             if factors not in rates:
@@ -57,10 +66,8 @@ def main(arguments: list[str] | None = None) -> int:
             show(one, rows)
             results.append(as_json(one, rows))
             wrong |= is_wrong(rows)
-            if given.json is not None:  # now, so that a run which is stopped has written what it saw
-                write(given.json, found_so_far())
-    if given.json is not None:
-        write(given.json, found_so_far())
+            keep()
+    keep()
     if earlier is not None:
         show_beside(earlier, found_so_far())
     return int(wrong)

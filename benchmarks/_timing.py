@@ -6,6 +6,7 @@ import ctypes
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import torch
 
@@ -51,9 +52,21 @@ def interleaved(
     return {name: statistics.median(some) for name, some in runs(calls, rounds=rounds, device=device).items()}
 
 
+class Table(NamedTuple):
+    """What a benchmark saw that compares no forms of one operation."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: list[tuple[object, ...]]
+
+    def cells(self) -> list[tuple[str, ...]]:
+        """The rows as text."""
+        return [tuple(f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row) for row in self.rows]
+
+
 def table(title: str, header: tuple[str, ...], rows: list[tuple[object, ...]]) -> None:
     """Print rows as aligned columns."""
-    cells = [header, *[tuple(f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row) for row in rows]]
+    cells = [header, *Table(title, header, rows).cells()]
     widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
     print(f"\n{title}")
     for row in cells:

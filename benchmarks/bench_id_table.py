@@ -11,12 +11,12 @@ import importlib.util
 import pathlib
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-from benchmarks._timing import table
+from benchmarks._timing import Table
 from recblocks import IdTable
 
 NUM_IDS = 4_000_000
@@ -73,16 +73,16 @@ def measured(form: str) -> list[float]:
     return [float(word) for word in said.split()]
 
 
-def main() -> None:
+def tables() -> Iterator[Table]:
     rows: list[tuple[object, ...]] = []
     for form in FORMS:
         if form.startswith("fbgemm") and not importlib.util.find_spec("fbgemm_gpu"):
             continue
         rows.append((form, *measured(form)))
     title = f"bytes a stored id, key, row and bookkeeping: {NUM_IDS:,} ids, {LOAD:.0%} of the slots filled"
-    table(title, ("form", "bytes"), rows)
+    yield Table(title, ("form", "bytes"), rows)
     old, new, most = measured("growth")
-    table(
+    yield Table(
         f"an IdTable of {NUM_IDS:,} ids grows to twice its capacity: bytes an id",
         ("the old table", "the new one", "both", "held at most"),
         [(old, new, old + new, most)],
@@ -104,4 +104,4 @@ def child(form: str) -> None:
 
 
 if __name__ == "__main__":
-    child(sys.argv[1]) if len(sys.argv) > 1 else main()
+    child(sys.argv[1])

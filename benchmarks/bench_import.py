@@ -7,8 +7,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 
-from benchmarks._timing import table
+from benchmarks._timing import Table
 
 CODE = "import time, torch; start = time.perf_counter(); import recblocks; print(time.perf_counter() - start)"
 
@@ -23,7 +24,7 @@ def _row(name: str, environment: dict[str, str]) -> tuple[str, float, float, flo
     return name, min(milliseconds), statistics.median(milliseconds), max(milliseconds)
 
 
-def main() -> None:
+def tables() -> Iterator[Table]:
     inherited = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     with tempfile.TemporaryDirectory() as kept:
         rows = [
@@ -33,4 +34,4 @@ def main() -> None:
                 {**inherited, "PYTHONPYCACHEPREFIX": f"{kept}/none", "PYTHONDONTWRITEBYTECODE": "1"},
             ),
         ]
-    table("import recblocks, milliseconds beyond import torch (bar: 100)", ("", "min", "median", "max"), rows)
+    yield Table("import recblocks, milliseconds beyond import torch (bar: 100)", ("", "min", "median", "max"), rows)

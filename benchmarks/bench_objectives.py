@@ -9,12 +9,12 @@ import functools
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import cycle
 
 import torch
 
-from benchmarks._timing import interleaved, table
+from benchmarks._timing import Table, interleaved
 from recblocks import (
     Examples,
     Timelines,
@@ -97,7 +97,7 @@ def check(timelines: Timelines, name: str) -> None:
             raise AssertionError(f"{name}: row {row} has pairs that the definition does not allow, or too few")
 
 
-def main() -> None:
+def tables() -> Iterator[Table]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -126,8 +126,4 @@ def main() -> None:
         bar = f">= {BAR / 1e3:.0f}" if name == "dense all action" else ""
         rows.append((name, round(mean), 1e3 * wall, 1e3 * spent, round(mean / spent / 1e3), bar))
     title = f"anchors + pairs, one core: {USERS_PER_BATCH} users a batch, {MAX_SEQUENCES} sequences each of {MAX_LEN}"
-    table(title, ("objective", "pairs", "wall ms", "core ms", "thousand pairs/s", "bar"), rows)
-
-
-if __name__ == "__main__":
-    main()
+    yield Table(title, ("objective", "pairs", "wall ms", "core ms", "thousand pairs/s", "bar"), rows)

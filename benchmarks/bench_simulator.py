@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
-from benchmarks._timing import interleaved, table
+from benchmarks._timing import Table, interleaved
 from recblocks import INTERESTS, MARKOV, UNIFORM, World, simulate
 
 
@@ -19,14 +21,10 @@ def check(world: World) -> tuple[int, int]:
     return user.numel(), acted.numel()
 
 
-def main() -> None:
+def tables() -> Iterator[Table]:
     worlds = {"interests": INTERESTS, "markov": MARKOV, "uniform": UNIFORM}
     sizes = {name: check(world) for name, world in worlds.items()}
     seconds = interleaved({name: lambda world=world: simulate(world) for name, world in worlds.items()}, rounds=5)
     rows = [(name, *sizes[name], seconds[name], sizes[name][0] / seconds[name] / 1e3) for name in worlds]
     header = ("world", "actions", "impressions", "seconds", "thousand actions/s")
-    table(f"Simulator, {torch.get_num_threads()} thread(s)", header, rows)
-
-
-if __name__ == "__main__":
-    main()
+    yield Table(f"Simulator, {torch.get_num_threads()} thread(s)", header, rows)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
 from itertools import cycle
 
 import datasketches
 import torch
 from torch import Tensor
 
-from benchmarks._timing import interleaved, table
+from benchmarks._timing import Table, interleaved
 from recblocks import CountMinSketch
 
 IDS_A_ROUND = 1 << 18
@@ -66,7 +67,7 @@ def row(num_ids: int, epsilon: float, delta: float) -> tuple[object, ...]:
     return (num_ids, f"{ours.depth} x {ours.width}", our_time, *their_times, *[each / our_time for each in their_times])
 
 
-def main() -> None:
+def tables() -> Iterator[Table]:
     rows = [
         row(8192, 1e-3, 0.01),
         row(8192, 1e-4, 0.01),
@@ -75,12 +76,8 @@ def main() -> None:
         row(1_048_576, 1e-4, 0.01),
         row(1_048_576, 1e-5, 0.001),
     ]
-    table(
+    yield Table(
         "sketch update, nanoseconds an id; Apache's by map(), from the same tensor or from a ready list (bar: 5 times)",
         ("ids a call", "depth x width", "ours", "Apache, tensor", "Apache, list", "times", "times"),
         rows,
     )
-
-
-if __name__ == "__main__":
-    main()

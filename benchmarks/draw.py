@@ -15,6 +15,8 @@ from typing import Any, TypeAlias
 
 from matplotlib.figure import Figure
 
+from benchmarks._timing import Table
+
 Result: TypeAlias = dict[str, Any]  # of one comparison, as `benchmarks._report.as_json` gives it
 
 OURS, PEER, INK = "#2f6f8f", "#b9b2a6", "#333333"
@@ -45,6 +47,10 @@ def write_page(found: dict[str, Any], folder: pathlib.Path) -> None:
             picture.savefig(folder / name, metadata={"Date": None})
             parts += [f"![{_alternative(shown)}]({name})", _table(shown)]
             parts += [f"Missed: {line}." for result in shown for line in result["missed"]]
+    for one in found.get("tables", []):
+        table = Table(**one)
+        lines = [table.header, ("---",) * len(table.header), *table.cells()]
+        parts += [f"## {table.title[:1].upper()}{table.title[1:]}", *["\n".join(_line([*line], 0) for line in lines)]]
     (folder / "index.md").write_text("\n\n".join(parts) + "\n")
 
 

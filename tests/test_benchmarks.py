@@ -1,18 +1,29 @@
 """The benchmarks' runner: what is wrong is not timed, and turns a run red."""
 
 import contextlib
+import importlib
 import importlib.util
 import itertools
 import json
 import math
+import pathlib
 import types
 
 import pytest
 import torch
 
 from benchmarks import __main__ as runner
-from benchmarks import _comparison, _machine, bench_action_transformer, bench_sampled_softmax, bench_time, draw
+from benchmarks import (
+    _comparison,
+    _machine,
+    bench_action_transformer,
+    bench_import,
+    bench_sampled_softmax,
+    bench_time,
+    draw,
+)
 from benchmarks._comparison import Comparison, extra_bytes, is_wrong, measure, missed
+from benchmarks._timing import Table
 from recblocks import ActionTransformer
 
 CPU = torch.device("cpu")
@@ -159,6 +170,26 @@ def test_a_run_that_is_stopped_has_written_what_it_saw(monkeypatch, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         runner.main(["time", "--json", str(path)])
     assert len(json.loads(path.read_text())["results"]) == 1
+
+
+def test_tables_are_printed_written_down_and_drawn(monkeypatch, tmp_path, capsys):
+    rows = [("one", 0.00012345), ("two", 7)]
+    monkeypatch.setattr(bench_import, "tables", lambda: iter([Table("import, ms", ("what", "ms"), rows)]))
+    path = tmp_path / "run.json"
+    assert runner.main(["import", "--json", str(path)]) == 0
+    assert "one   0.000123" in capsys.readouterr().out
+    found = json.loads(path.read_text())
+    assert found["results"] == []
+    assert found["tables"] == [{"title": "import, ms", "header": ["what", "ms"], "rows": [list(row) for row in rows]}]
+    draw.main([str(path), str(tmp_path)])
+    page = (tmp_path / "index.md").read_text()
+    assert page.endswith("## Import, ms\n\n| what | ms |\n| --- | --- |\n| one | 0.000123 |\n| two | 7 |\n")
+
+
+def test_every_benchmark_compares_or_has_tables():
+    for path in pathlib.Path(runner.__file__).parent.glob("bench_*.py"):
+        module = importlib.import_module(f"benchmarks.{path.stem}")
+        assert hasattr(module, "comparisons") or hasattr(module, "tables")
 
 
 def test_a_kernel_that_is_broken_on_purpose_turns_the_run_red(monkeypatch, capsys):
