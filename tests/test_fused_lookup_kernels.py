@@ -1096,6 +1096,23 @@ def test_it_is_built_once_a_user(tmp_path):
 
 
 @needs_compiler
+def test_what_it_is_built_from_tells_libraries_apart(tmp_path, monkeypatch):
+    monkeypatch.setattr(building, "user_cache", lambda: tmp_path / "cache")
+    source, header = tmp_path / "one.cpp", tmp_path / "other.h"
+    source.write_text('extern "C" int number() { return NUMBER; }')
+    header.write_text("// another header")
+
+    def number(flags):
+        return building.library([source], {"number": []}, flags).number()
+
+    assert [number(["-DNUMBER=1"]), number(["-DNUMBER=2"]), number(["-DNUMBER=1"])] == [1, 2, 1]
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+    monkeypatch.setattr(building, "_HEADER", header)
+    assert number(["-DNUMBER=1"]) == 1
+    assert len(list((tmp_path / "cache").iterdir())) == 3
+
+
+@needs_compiler
 def test_a_compiler_without_openmp_and_a_cache_that_cannot_be_written_will_do(tmp_path):
     without = f'case "$*" in *-fopenmp*) exit 1;; esac; exec {building.compiler()[0]} "$@"'
     blocked = tmp_path / "blocked"

@@ -7,6 +7,7 @@ three products of the softmax make the pairs' gradients too.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,8 @@ from torch.nn import functional as F
 from recblocks import _checks
 from recblocks.kernels.sampled_softmax.chunked import once, scaled, sweep
 from recblocks.kernels.sampled_softmax.pool import Pool, Wanted, empty_gradients, wanted_now
+
+_PARTS = 16  # of a tile
 
 
 class Pairs(NamedTuple):
@@ -55,32 +58,44 @@ def _sweep(
     losses = queries.new_zeros(queries.shape[0])
     pulled = queries.new_zeros(pairs.num_positives)
     place = torch.arange(pairs.num_positives, device=queries.device)
-    slab, inside, logits = slice(0, 0), torch.empty(0), torch.empty(0)
     bias = pool.bias if pairs.corrected else None
+    parts: list[tuple[slice, slice, Tensor]] = []  # of a tile: some rows, the columns they lie in, and their logits
 
     def before(rows: slice, tile: Tensor) -> None:
-        nonlocal slab, inside, logits
-        first, last = pairs.first[rows], pairs.last[rows]
-        slab = slice(int(first[0]), int(last[-1])) if _checks.readable(first) else slice(0, pairs.num_positives)
-        inside = (place[slab] >= first[:, None]) & (place[slab] < last[:, None])
-        logits = tile[:, slab].clone() if bias is None else tile[:, slab] + bias[slab]
+        parts.clear()
+        for some in _some_at_a_time(rows):
+            first, last = pairs.first[some], pairs.last[some]
+            slab = slice(int(first[0]), int(last[-1])) if _checks.readable(first) else slice(0, pairs.num_positives)
+            here = tile[some.start - rows.start : some.stop - rows.start, slab]
+            parts.append((some, slab, here.clone() if bias is None else here + bias[slab]))
 
     def upstream(log_sum_exp: Tensor, rows: slice, probabilities: Tensor) -> Tensor:
-        behind = (log_sum_exp[rows, None] - logits).masked_fill_(~inside, -torch.inf)
-        losses[rows] = -F.logsigmoid(-behind).sum(1)
-        if not any(wanted):
-            return losses[rows]
-        pulls = behind.sigmoid_()
-        slopes = pulls.sum(1)
-        probabilities[:, slab] -= pulls / torch.where(slopes == 0, 1, slopes)[:, None]
-        if wanted.bias and not pairs.corrected:
-            pulled[slab].addmv_(pulls.t(), weights[rows])
+        slopes = torch.zeros_like(losses[rows])
+        for some, slab, logits in parts:
+            outside = (place[slab] < pairs.first[some, None]) | (place[slab] >= pairs.last[some, None])
+            behind = logits.sub_(log_sum_exp[some, None]).neg_().masked_fill_(outside, -torch.inf)
+            losses[some] = -F.logsigmoid(-behind).sum(1)
+            if not any(wanted):
+                continue
+            pulls = behind.sigmoid_()
+            slope = pulls.sum(1)
+            if wanted.bias and not pairs.corrected:
+                pulled[slab].addmv_(pulls.t(), weights[some])
+            here = slice(some.start - rows.start, some.stop - rows.start)
+            slopes[here] = slope
+            probabilities[here, slab] -= pulls.div_(torch.where(slope == 0, 1, slope)[:, None])
         return weights[rows] * slopes
 
     swept = sweep(queries, pool, inverse_temperature, upstream, wanted, before)
     if wanted.bias:
         swept[3][: pairs.num_positives] += pulled
     return losses, swept[1], swept[2], swept[3], swept[4]
+
+
+def _some_at_a_time(rows: slice) -> list[slice]:
+    """Few rows of a tile lie in few columns, and what is made of them on the way is small beside the tile."""
+    step = math.ceil((rows.stop - rows.start) / _PARTS)
+    return [slice(begin, min(begin + step, rows.stop)) for begin in range(rows.start, rows.stop, step)]
 
 
 @torch.library.custom_op("recblocks::dense_all_action_weighted_sum", mutates_args=())
