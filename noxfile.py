@@ -32,6 +32,13 @@ def tests(session: nox.Session) -> None:
 
 
 @nox.session
+def docs(session: nox.Session) -> None:
+    """Build the site into docs/_build/html, warnings being errors, and run its examples."""
+    session.install("--constraint", "constraints.txt", "--editable", ".[docs,data,retrieval]")
+    session.run("sphinx-build", "-W", "--keep-going", "-b", "html", "docs", "docs/_build/html", env=ONE_THREAD)
+
+
+@nox.session
 def demo(session: nox.Session) -> None:
     """Train PinnerFormer on a year of shopping and judge it beside its baselines (under 4 minutes)."""
     install(session, "examples")

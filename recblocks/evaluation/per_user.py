@@ -26,7 +26,7 @@ def recall_per_user(ranks: Tensor, pair_user: Tensor, *, k: int = 10) -> PerUser
         k: length of the list.
 
     Returns:
-        PerUser(user (U',), value (U',) float64): the users that have positives; ``value.mean()`` is Recall@k.
+        PerUser(user (U',), value (U',) float64), of the users that have positives; ``value.mean()`` is Recall@k.
 
     Raises:
         TypeError, ValueError: a wrong dtype or shape, a negative rank, or k below 1.

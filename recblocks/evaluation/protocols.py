@@ -118,7 +118,7 @@ def embedding_points(users: Tensor, cuts: Tensor) -> EmbeddingPoints:
         cuts: (P,) int64, as `reference_times` gives.
 
     Returns:
-        EmbeddingPoints(user (n,), cut (n,), query (P,)): positive i is predicted from point ``query[i]``.
+        EmbeddingPoints(user (n,), cut (n,), query (P,)), where positive i is predicted from point ``query[i]``.
 
     Raises:
         TypeError, ValueError: a wrong dtype or shape.

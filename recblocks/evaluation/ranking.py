@@ -97,7 +97,7 @@ def hit_per_user(scores: Tensor, labels: Tensor, user: Tensor, chunk: Tensor, *,
         k: length of the list.
 
     Returns:
-        PerUser(user (U,), value (U, H) float64): every user of the rows, ascending, those without a hit too.
+        PerUser(user (U,), value (U, H) float64), of every user of the rows, ascending, those without a hit too.
 
     Raises:
         TypeError, ValueError: a wrong dtype or shape, a label other than 0 and 1, a NaN score, or k below 1.

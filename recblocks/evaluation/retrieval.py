@@ -120,7 +120,7 @@ def retrieval_ranks(
     Note:
         d is compared through ``<u, n> - |n|^2 / 2``, which orders as -d does, in float32 at least and outside autocast.
         Equal item embeddings get equal scores, bit for bit, which a matrix product alone does not promise. Far from
-        the origin the two terms cancel: where |n|^2 is 10^7 times the squared distances that matter, float32 cannot
+        the origin the two terms cancel: where ``|n|^2`` is 10^7 times the squared distances that matter, float32 cannot
         tell them apart. Shift queries and corpus by the corpus' mean first, or give float64.
 
     Example:

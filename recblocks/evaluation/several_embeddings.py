@@ -80,7 +80,7 @@ def round_robin(items: Tensor, *, k: int, valid: Tensor | None = None) -> TopK:
         valid: (Q, C, K) bool, True = an item; None: all.
 
     Returns:
-        TopK(items (Q, k) int64, scores (Q, k) float32, valid (Q, k) bool); the scores only order: 0, -1, -2, ... Where
+        TopK(items (Q, k) int64, scores (Q, k) float32, valid (Q, k) bool); the scores 0, -1, -2, ... only order. Where
         the lists hold fewer than k different items, ``valid`` is False, the score -inf and the item 0.
 
     Raises:
