@@ -50,7 +50,7 @@ def test_every_page_is_in_the_table_of_contents():
     assert sorted(listed) == sorted(pages)
 
 
-def test_the_tests_that_a_page_names_are_there():
+def test_the_files_that_a_page_names_are_there():
     for page in PAGES:
-        for path in re.findall(r"`(tests/\w+\.py)`", page.read_text()):
+        for path in re.findall(r"`([a-z]\w*/[\w/]+\.(?:py|md))`", page.read_text()):
             assert (DOCS.parent / path).is_file(), f"{page.name}: {path}"
