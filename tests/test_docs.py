@@ -1,5 +1,6 @@
 """The site's pages: their figures are drawn by code that runs, and every public name has its place."""
 
+import difflib
 import pathlib
 import re
 import textwrap
@@ -29,6 +30,17 @@ def test_figures_are_drawn(figure):
         exec(compile(textwrap.dedent(code), "figure", "exec"), {})
     assert pyplot.get_fignums()
     pyplot.close("all")
+
+
+def test_a_newcomer_changes_ten_lines_and_the_loss_falls(capsys):
+    before, after = re.findall(r"^```python\n(.*?)^```", (DOCS / "start.md").read_text(), re.DOTALL | re.MULTILINE)
+    assert len(before.splitlines()) <= 45
+    changed = [line for line in difflib.ndiff(before.splitlines(), after.splitlines()) if line.startswith("+ ")]
+    assert len(changed) <= 10
+    for script in (before, after):
+        exec(compile(script, "start.md", "exec"), {"__name__": "start"})
+        first, last = map(float, capsys.readouterr().out.split("->"))
+        assert last < 0.9 * first
 
 
 def test_every_figure_states_its_seed_and_data():
