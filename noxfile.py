@@ -33,8 +33,8 @@ def tests(session: nox.Session) -> None:
 
 @nox.session
 def docs(session: nox.Session) -> None:
-    """Build the site into docs/_build/html, warnings being errors, and run its examples."""
-    session.install("--constraint", "constraints.txt", "--editable", ".[docs,data,retrieval]")
+    """Build the site into docs/_build/html, warnings being errors."""
+    install(session, "docs")
     session.run("sphinx-build", "-W", "--keep-going", "-b", "html", "docs", "docs/_build/html", env=ONE_THREAD)
 
 

@@ -17,7 +17,7 @@ import torch
 from benchmarks._comparison import is_wrong, measure, show
 from benchmarks._machine import Rates, described, measure_rates, show_rates
 from benchmarks._report import as_json, show_beside, write
-from benchmarks._timing import keep_memory, table
+from benchmarks._timing import keep_memory
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
     for name in given.names or names:
         module = importlib.import_module(f"benchmarks.bench_{name}")
         for seen in module.tables() if hasattr(module, "tables") else ():
-            table(*seen)
+            seen.show()
             tables.append(seen._asdict())
             keep()
         for one in module.comparisons(given.device) if hasattr(module, "comparisons") else ():

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks._machine import Rates
-from benchmarks._timing import runs, table
+from benchmarks._timing import Table, runs
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler says on stderr whenever it starts
 
@@ -125,7 +125,7 @@ def show(one: Comparison, rows: Sequence[Row]) -> None:
     if any(row.kernels is not None for row in rows):
         header += "ms replayed", "kernels"
     cells = [cell + ("",) * (len(header) - len(cell)) for cell in cells]
-    table(f"{one.op}: {sizes}, {one.dtype}{bars}", header, cells)
+    Table(f"{one.op}: {sizes}, {one.dtype}{bars}", header, cells).show()
     for line in missed(one, rows):
         print(f"  missed: {line}")
 

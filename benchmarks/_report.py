@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks._comparison import Comparison, Row, missed
-from benchmarks._timing import table
+from benchmarks._timing import Table
 
 
 def as_json(one: Comparison, rows: Sequence[Row]) -> dict[str, Any]:
@@ -23,6 +23,29 @@ def as_json(one: Comparison, rows: Sequence[Row]) -> dict[str, Any]:
         "absent": dict(one.absent),
         "rows": [row._asdict() for row in rows],
     }
+
+
+HEADER = "form", "ms", "times ours", "of floor", "extra MiB"
+
+
+def cells(result: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Each form of what `as_json` gave as text, under `HEADER`."""
+    ours = result["rows"][0]["seconds"]
+    found: list[tuple[str, ...]] = []
+    for row in result["rows"]:
+        if row["seconds"] is None:
+            found.append((row["form"], "wrong: not timed", "", "", ""))
+            continue
+        times = f"{row['seconds'] / ours:.2f}" if ours else ""
+        share = "" if row["of_floor"] is None else f"{row['of_floor']:.0%}"
+        extra = "" if row["extra_bytes"] is None else f"{row['extra_bytes'] / 2**20:.3g}"
+        found.append((row["form"], f"{1000 * row['seconds']:.3g}", times, share, extra))
+    return found
+
+
+def absences(result: dict[str, Any]) -> list[tuple[str, str]]:
+    """Peers that were not there, and why."""
+    return [(name, f"absent: {why}") for name, why in result["absent"].items()]
 
 
 def write(path: pathlib.Path, found: dict[str, Any]) -> None:
@@ -41,7 +64,7 @@ def show_beside(earlier: dict[str, Any], now: dict[str, Any]) -> None:
             rows.append((op, sizes, dtype, form, 1000 * old["seconds"], 1000 * row["seconds"]))
             rows[-1] += (row["seconds"] / old["seconds"],)
     header = "op", "sizes", "dtype", "form", "ms before", "ms now", "now of before"
-    table(f"beside {earlier['machine']['commit'][:12]}", header, rows)
+    Table(f"beside {earlier['machine']['commit'][:12]}", header, rows).show()
     for name in ("processor", "device", "threads", "versions"):
         then, there = earlier["machine"][name], now["machine"][name]
         if then != there:

@@ -53,7 +53,7 @@ def interleaved(
 
 
 class Table(NamedTuple):
-    """What a benchmark saw that compares no forms of one operation."""
+    """What is printed, and written down, of what was seen."""
 
     title: str
     header: tuple[str, ...]
@@ -63,11 +63,10 @@ class Table(NamedTuple):
         """The rows as text."""
         return [tuple(f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row) for row in self.rows]
 
-
-def table(title: str, header: tuple[str, ...], rows: list[tuple[object, ...]]) -> None:
-    """Print rows as aligned columns."""
-    cells = [header, *Table(title, header, rows).cells()]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
-    print(f"\n{title}")
-    for row in cells:
-        print("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    def show(self) -> None:
+        """Print the rows as aligned columns."""
+        cells = [self.header, *self.cells()]
+        widths = [max(len(row[column]) for row in cells) for column in range(len(self.header))]
+        print(f"\n{self.title}")
+        for row in cells:
+            print("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

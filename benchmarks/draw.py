@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 
 from matplotlib.figure import Figure
 
+from benchmarks._report import HEADER, absences, cells
 from benchmarks._timing import Table
 
 Result: TypeAlias = dict[str, Any]  # of one comparison, as `benchmarks._report.as_json` gives it
@@ -139,27 +140,17 @@ def _alternative(results: Sequence[Result]) -> str:
 
 def _table(results: Sequence[Result]) -> str:
     on_gpu = any(row.get("kernels") is not None for result in results for row in result["rows"])
-    header = ["sizes", "form", "ms", "times ours", "of floor", "extra MiB", "error"]
+    header = ["sizes", *HEADER, "error"]
     header += ["ms replayed", "kernels"] * on_gpu
     lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
     for result in results:
-        ours = result["rows"][0]["seconds"]
-        for row in result["rows"]:
-            cells = [_sizes(result), row["form"]]
-            if row["seconds"] is None:
-                cells += ["wrong: not timed", "", "", ""]
-            else:
-                share = "" if row["of_floor"] is None else f"{row['of_floor']:.0%}"
-                extra = "" if row["extra_bytes"] is None else f"{row['extra_bytes'] / 2**20:.3g}"
-                cells += [f"{1000 * row['seconds']:.3g}", f"{row['seconds'] / ours:.2f}" if ours else "", share, extra]
-            cells.append(f"{row['error']:.1e}")
+        for row, form in zip(result["rows"], cells(result), strict=True):
+            seen = [_sizes(result), *form, f"{row['error']:.1e}"]
             if on_gpu and row["seconds"] is not None:
                 replayed = row["replayed"]
-                cells += ["cannot" if replayed is None else f"{1000 * replayed:.3g}", f"{row['kernels']}"]
-            lines.append(_line(cells, len(header)))
-        lines += [
-            _line([_sizes(result), name, f"absent: {why}"], len(header)) for name, why in result["absent"].items()
-        ]
+                seen += ["cannot" if replayed is None else f"{1000 * replayed:.3g}", f"{row['kernels']}"]
+            lines.append(_line(seen, len(header)))
+        lines += [_line([_sizes(result), *absent], len(header)) for absent in absences(result)]
     return "\n".join(lines)
 
 

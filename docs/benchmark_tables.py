@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import pathlib
 from collections.abc import Sequence
-from typing import Any
 
 from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
+from benchmarks._report import HEADER, absences, cells
 from benchmarks._timing import Table
 
 RECORDED = pathlib.Path(__file__).parents[1] / "benchmarks" / "results" / "cpu-2-cores.json"
@@ -34,27 +34,14 @@ class Benchmark(SphinxDirective):
         for result in results:
             sizes = ", ".join(f"{name} {size:,}" for name, size in result["sizes"].items())
             made += [nodes.paragraph(text=f"{result['op'][:1].upper()}{result['op'][1:]}: {sizes}, {result['dtype']}.")]
-            made += [table(("form", "ms", "times ours", "of floor", "extra MiB"), cells(result))]
+            absent = [(*each, "", "", "") for each in absences(result)]
+            made += [table(HEADER, [*cells(result), *absent])]
             made += [nodes.paragraph(text=f"Missed: {line}.") for line in result["missed"]]
         for one in tables:
             made += [nodes.paragraph(text=f"{one.title[:1].upper()}{one.title[1:]}."), table(one.header, one.cells())]
         machine = found["machine"]
         said = f"{machine['processor']}, {machine['threads']} threads, commit {machine['commit'][:12]}: medians."
         return [*made, nodes.paragraph(text=said)]
-
-
-def cells(result: dict[str, Any]) -> list[tuple[str, ...]]:
-    """The rows of a comparison as text."""
-    ours = result["rows"][0]["seconds"]
-    rows = []
-    for row in result["rows"]:
-        if row["seconds"] is None:
-            rows.append((row["form"], "wrong: not timed", "", "", ""))
-            continue
-        share = "" if row["of_floor"] is None else f"{row['of_floor']:.0%}"
-        times = f"{row['seconds'] / ours:.2f}" if ours else ""
-        rows.append((row["form"], f"{1000 * row['seconds']:.3g}", times, share, f"{row['extra_bytes'] / 2**20:.3g}"))
-    return [*rows, *[(name, f"absent: {why}", "", "", "") for name, why in result["absent"].items()]]
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> nodes.table:
