@@ -110,7 +110,7 @@ def gradients(embeddings, keywords, loss_of=dense_all_action_loss, **more):
     keywords = dict(keywords)
     for name in FLOATS:
         if name in keywords:
-            value = torch.as_tensor(keywords[name], dtype=torch.float64 if name == "temperature" else None)
+            value = torch.as_tensor(keywords[name], dtype=torch.float64 if isinstance(keywords[name], float) else None)
             keywords[name] = value.clone().requires_grad_()
             inputs.append(keywords[name])
     loss = loss_of(*inputs[:3], **keywords, **more)
@@ -188,6 +188,26 @@ def test_backends_agree_in_loss_and_every_gradient(reduction, case, rows):
             loss, got = gradients(*case, reduction=reduction, backend=backend)
         torch.testing.assert_close(loss, want_loss, **CLOSE)
         torch.testing.assert_close(got, want, **GRADIENTS_CLOSE)
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+@pytest.mark.parametrize("corrected", [True, False])
+@pytest.mark.parametrize("rows", [1, 5, 40])
+def test_in_float32_it_is_what_it_is_in_float64(reduction, corrected, rows):
+    """On a CPU that is softmax in C++, beside float64 in torch."""
+    embeddings, keywords = drawn(3, 40, 60, 23, 8, users=range(9))
+    embeddings = [one / 3 for one in embeddings]
+    keywords["temperature"] = torch.tensor(0.5, dtype=torch.float64)
+    want = gradients(embeddings, keywords, reduction=reduction, correct_positive=corrected, backend="reference")
+    keywords |= {name: keywords[name].float() for name in FLOATS}
+    embeddings = [one.float() for one in embeddings]
+    with tiles_of(rows):
+        got = gradients(embeddings, keywords, reduction=reduction, correct_positive=corrected, backend="chunked")
+    # Logits of up to some 20 are off by half an epsilon of that each time they are rounded, which is a share of every
+    # probability; sums of up to 83 such follow.
+    allowed = 100 * torch.finfo(torch.float32).eps
+    for one, exact in zip([got[0], *got[1]], [want[0], *want[1]], strict=True):
+        torch.testing.assert_close(one.double(), exact, rtol=0, atol=allowed * exact.abs().max().item())
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

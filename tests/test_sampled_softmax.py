@@ -701,7 +701,8 @@ def test_registered_operators_pass_opcheck(mask):
 @pytest.mark.parametrize(
     "owners", ["few", "one user owns every column", "every user owns one item that fills the pool"]
 )
-def test_nothing_of_rows_times_columns_is_held(owners):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # in C++, and not
+def test_nothing_of_rows_times_columns_is_held(owners, dtype):
     rows, columns, tile_rows = 64, 300, 4
     row_users, column_items = torch.arange(rows) % 20, torch.arange(columns)
     users, items = row_users.clone(), torch.arange(rows)
@@ -711,15 +712,15 @@ def test_nothing_of_rows_times_columns_is_held(owners):
     elif owners != "few":
         column_items, items = torch.zeros_like(column_items), torch.zeros_like(items)
     own = [row_users, column_items, users, items]
-    queries, negatives = torch.randn(rows, 3), torch.randn(columns, 3)
+    queries, negatives = torch.randn(rows, 3, dtype=dtype), torch.randn(columns, 3, dtype=dtype)
     pool = Pool(negatives, None, None, own, None)
     largest = Largest()
     with tiles_of(tile_rows), largest:
         swept = chunked.sweep(
             queries,
             pool,
-            torch.ones(()),
-            lambda _, rows, __: torch.ones(rows.stop - rows.start),
+            torch.ones((), dtype=dtype),
+            lambda _, rows, *__: torch.ones(rows.stop - rows.start, dtype=dtype),
             Wanted(True, True, True),
         )
     assert tile_rows * columns <= largest.elements < rows * columns / 4
@@ -742,7 +743,7 @@ def test_no_step_waits_for_numbers_on_a_device(mask):
     pool = Pool(negatives, meta(keywords["log_q_negatives"]), masked, own, torch.empty(6, device="meta") > 0)
     inverse = torch.ones((), device="meta")
     swept = chunked.sweep(
-        queries, pool, inverse, lambda log_sum_exp, rows, _: log_sum_exp[rows], Wanted(True, True, True)
+        queries, pool, inverse, lambda log_sum_exp, rows, *_: log_sum_exp[rows], Wanted(True, True, True)
     )
     assert [one.shape for one in swept] == [(6,), (6, 4), (9, 4), (9,), ()]
     if INTERPRETED:

@@ -10,6 +10,7 @@ from pooled_losses import tiles_of
 
 from recblocks import sampled_softmax_loss
 from recblocks.kernels import building
+from recblocks.kernels.own_positives import OwnPositives
 from recblocks.kernels.sampled_softmax import cpp
 
 pytestmark = pytest.mark.skipif(building.compiler() is None, reason="needs a C++ compiler")
@@ -20,15 +21,21 @@ TOO_SMALL = math.exp(-87)  # whose exponentials are no normal numbers
 WIDTHS = [1, 2, 7, 31, 32, 33, 97, 1023, 1024, 1025, 1055, 1056, 1057, 2048, 2053, 5003]
 
 
-def softmax(tile, bias=None):
-    """Probabilities and log-sum-exp; what lies around all that is given is NaN, and is not written."""
+def exponentials(tile, bias=None, *own):
+    """Exponentials, log-sum-exp and totals; what lies around all that is given is NaN, and is not written."""
     around = torch.full((tile.numel() + 64,), torch.nan)
     inner = around[32:-32].view(tile.shape)
     inner.copy_(tile)
-    log_sum_exp = cpp.softmax_(inner, None if bias is None else inside_nan(bias))
+    log_sum_exp, totals = cpp.exponentials_(inner, None if bias is None else inside_nan(bias), *own)
     assert around[:32].isnan().all()
     assert around[-32:].isnan().all()
-    return inner, log_sum_exp
+    return inner, log_sum_exp, totals
+
+
+def softmax(tile, bias=None, *own):
+    """Probabilities and log-sum-exp."""
+    got, log_sum_exp, totals = exponentials(tile, bias, *own)
+    return got / totals[:, None], log_sum_exp
 
 
 def allowed(logits):
@@ -53,16 +60,50 @@ def test_it_is_the_softmax_and_the_log_sum_exp(width, spread, biased):
 
 
 def test_exponentials_are_right_all_the_way_down():
-    # The first logit is the maximum and, as all others together weigh nothing, their probabilities are e**x.
-    x = torch.linspace(-86.9, -30.0, 100_003)
-    got = softmax(torch.cat([torch.zeros(1), x])[None])[0][0, 1:].double()
+    # The first logit is the maximum, so the others become e**x.
+    x = torch.linspace(-86.9, 0.0, 100_003)
+    got = exponentials(torch.cat([torch.zeros(1), x])[None])[0][0].double()
+    assert got[0] == 1
     # e**r is rounded once, from .707 on, by up to .71 epsilon of it; its terms are rounded where they are smaller.
-    torch.testing.assert_close(got, x.double().exp(), rtol=1.5 * EPSILON, atol=0)
-    x = torch.linspace(-30.0, 0.0, 1009)
-    for one in x:
-        got = softmax(torch.stack([torch.zeros(()), one])[None])[0][0].double()
-        # Both are also divided by their sum.
-        torch.testing.assert_close(got[1] / got[0], one.double().exp(), rtol=3 * EPSILON, atol=0)
+    torch.testing.assert_close(got[1:], x.double().exp(), rtol=1.5 * EPSILON, atol=0)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_totals_are_the_sums_of_the_exponentials(width):
+    got, log_sum_exp, totals = exponentials(3 * torch.randn(5, width))
+    # Up to 32 are added in float32, and the total is rounded.
+    torch.testing.assert_close(totals.double(), got.double().sum(1), rtol=17 * EPSILON, atol=0)
+    assert (got.amax(1) == 1).all()
+    assert log_sum_exp.isfinite().all()
+
+
+@pytest.mark.parametrize("start", [0, 3])
+def test_what_a_row_owns_has_no_probability(start):
+    row_users, column_items = torch.randint(4, (8,)), torch.randint(9, (41,))
+    row_users[4] = 77  # who owns nothing
+    positive_users, positive_items = torch.randint(4, (12,)), torch.randint(12, (12,))
+    ids = row_users, column_items, positive_users, positive_items
+    pairs = set(zip(positive_users.tolist(), positive_items.tolist(), strict=True))
+    masked = torch.tensor([[(user, item) in pairs for item in column_items.tolist()] for user in row_users.tolist()])
+    masked = masked[start : start + 5]
+    logits, bias = torch.randn(5, 41), torch.randn(41)
+    got, log_sum_exp = softmax(logits, bias, OwnPositives(*ids).owned, start)
+    exact = (logits.double() + bias).masked_fill(masked, -torch.inf)
+    assert masked.any()
+    assert torch.equal(got == 0, masked)
+    torch.testing.assert_close(got.double(), exact.softmax(1), rtol=allowed(logits + bias), atol=TOO_SMALL)
+    torch.testing.assert_close(log_sum_exp.double(), exact.logsumexp(1), rtol=0, atol=allowed(logits + bias))
+
+
+def test_a_row_may_own_every_column():
+    users, items = torch.tensor([5, 6]), torch.arange(40)
+    own = OwnPositives(users, items, torch.full((40,), 5), items).owned
+    bias = torch.where(items == 0, torch.nan, 0.0)
+    got, log_sum_exp, totals = exponentials(torch.randn(2, 40), bias, own)
+    assert (got[0] == 0).all()
+    assert log_sum_exp[0] == -torch.inf
+    assert totals[0] == 1
+    assert totals[1].isnan()
 
 
 def test_a_million_columns_lose_no_digits():
@@ -121,21 +162,21 @@ def test_the_bias_of_a_masked_column_is_not_seen(at):
 def test_a_bias_may_lie_in_any_way():
     logits, bias = torch.randn(4, 70), torch.randn(70, 2)[:, 1]
     got = logits.clone()
-    cpp.softmax_(got, bias)
-    torch.testing.assert_close(got, (logits + bias).softmax(1), rtol=1e-5, atol=0)
+    _, totals = cpp.exponentials_(got, bias)
+    torch.testing.assert_close(got / totals[:, None], (logits + bias).softmax(1), rtol=1e-5, atol=0)
 
 
 def test_no_rows_are_no_rows():
-    assert cpp.softmax_(torch.empty(0, 5), None).shape == (0,)
+    assert [one.shape for one in cpp.exponentials_(torch.empty(0, 5), None)] == [(0,), (0,)]
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_threads_give_the_same(threads):
     logits = torch.randn(101, 333)
-    want = softmax(logits)
+    want = exponentials(logits)
     torch.set_num_threads(threads)
     try:
-        got = softmax(logits)
+        got = exponentials(logits)
     finally:
         torch.set_num_threads(1)
     assert all(torch.equal(one, other) for one, other in zip(got, want, strict=True))

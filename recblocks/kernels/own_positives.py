@@ -58,42 +58,56 @@ def check_own(own: tuple[Tensor, Tensor, Tensor, Tensor], *, num_rows: int | Non
     _checks.integers("positive_items", positive_items, positive_users.shape[0])
 
 
+class Owned(NamedTuple):
+    """What each row owns, as ranges of ranges; all int64.
+
+    Row r has the pairs ``pair_first[r]`` and the ``pair_count[r] - 1`` after it, and pair k the columns
+    ``columns[column_first[k]]`` and the ``column_count[k] - 1`` after it in ``columns``.
+    """
+
+    pair_first: Tensor
+    pair_count: Tensor
+    column_first: Tensor
+    column_count: Tensor
+    columns: Tensor  # (N,) by item
+    total: Tensor  # (R,) columns that each row owns
+
+
 class OwnPositives:
     """The same mask for a few rows at a time, so that rows x columns never exist at once.
 
     On a CPU the owned entries are listed: users' positives and the columns are sorted once, and a tile of rows touches
     its own entries only. Elsewhere, where a list's length would have to travel to the host, a tile forms a bool mask.
+
+    Attributes:
+        owned: the list; None where there is none.
     """
 
     def __init__(self, row_users: Tensor, column_items: Tensor, positive_users: Tensor, positive_items: Tensor) -> None:
         self._ids = (row_users, column_items, positive_users, positive_items)
-        self._listed = row_users.device.type == "cpu"
-        if not self._listed:
-            return
-        users, items = _distinct(positive_users, positive_items)
-        sorted_columns, self._columns = column_items.sort()
-        first = torch.searchsorted(sorted_columns, items)
-        count = torch.searchsorted(sorted_columns, items, right=True) - first
-        in_pool = count > 0
-        users, self._column_first, self._column_count = users[in_pool], first[in_pool], count[in_pool]
-        self._pair_first = torch.searchsorted(users, row_users)
-        last = torch.searchsorted(users, row_users, right=True)
-        self._pair_count = last - self._pair_first
-        before = torch.cat([count.new_zeros(1), self._column_count.cumsum(0)])
-        self._num_entries = before[last] - before[self._pair_first]
+        self.owned = _list(*self._ids) if row_users.device.type == "cpu" else None
 
     def fill_(self, tile: Tensor, start: int, value: float) -> None:
         """Write ``value`` wherever row ``start + i`` of the contiguous ``tile`` (rows, N) owns the column."""
         rows = slice(start, start + tile.shape[0])
-        if self._listed and int(self._num_entries[rows].sum()) <= _SPARSE_SHARE * tile.numel():
-            tile.view(-1).index_fill_(0, self._entries(rows, tile.shape[1]), value)
+        if self.owned is not None and int(self.owned.total[rows].sum()) <= _SPARSE_SHARE * tile.numel():
+            row, pair = _expand(self.owned.pair_first[rows], self.owned.pair_count[rows])
+            of, position = _expand(self.owned.column_first[pair], self.owned.column_count[pair])
+            tile.view(-1).index_fill_(0, row[of] * tile.shape[1] + self.owned.columns[position], value)
         else:
             tile.masked_fill_(_mask(self._ids[0][rows], *self._ids[1:]), value)
 
-    def _entries(self, rows: slice, num_columns: int) -> Tensor:
-        row, pair = _expand(self._pair_first[rows], self._pair_count[rows])
-        of, position = _expand(self._column_first[pair], self._column_count[pair])
-        return row[of] * num_columns + self._columns[position]
+
+def _list(row_users: Tensor, column_items: Tensor, positive_users: Tensor, positive_items: Tensor) -> Owned:
+    users, items = _distinct(positive_users, positive_items)
+    sorted_columns, columns = column_items.sort()
+    first = torch.searchsorted(sorted_columns, items)
+    count = torch.searchsorted(sorted_columns, items, right=True) - first
+    in_pool = count > 0
+    users, first, count = users[in_pool], first[in_pool], count[in_pool]
+    begin, end = torch.searchsorted(users, row_users), torch.searchsorted(users, row_users, right=True)
+    before = torch.nn.functional.pad(count.cumsum(0), (1, 0))
+    return Owned(begin, end - begin, first, count, columns, before[end] - before[begin])
 
 
 class Ranges(NamedTuple):

@@ -69,7 +69,7 @@ def _sweep(
             here = tile[some.start - rows.start : some.stop - rows.start, slab]
             parts.append((some, slab, here.clone() if bias is None else here + bias[slab]))
 
-    def upstream(log_sum_exp: Tensor, rows: slice, probabilities: Tensor) -> Tensor:
+    def upstream(log_sum_exp: Tensor, rows: slice, exponentials: Tensor, totals: Tensor) -> Tensor:
         slopes = torch.zeros_like(losses[rows])
         for some, slab, logits in parts:
             outside = (place[slab] < pairs.first[some, None]) | (place[slab] >= pairs.last[some, None])
@@ -83,7 +83,7 @@ def _sweep(
                 pulled[slab].addmv_(pulls.t(), weights[some])
             here = slice(some.start - rows.start, some.stop - rows.start)
             slopes[here] = slope
-            probabilities[here, slab] -= pulls.div_(torch.where(slope == 0, 1, slope)[:, None])
+            exponentials[here, slab] -= pulls.mul_((totals[here] / torch.where(slope == 0, 1, slope))[:, None])
         return weights[rows] * slopes
 
     swept = sweep(queries, pool, inverse_temperature, upstream, wanted, before)

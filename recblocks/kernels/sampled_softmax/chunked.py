@@ -1,7 +1,7 @@
 """Sampled softmax some rows at a time: one tile of logits is all there is, and rows x columns never exist.
 
-A tile of rows meets every column, so its log-sum-exp is final at once, and the tile, turned into probabilities in
-place, gives its share of every gradient before the next one overwrites it: three matrix products in all. That needs the
+A tile of rows meets every column, so its log-sum-exp is final at once, and the tile, turned into exponentials in place,
+gives its share of every gradient before the next one overwrites it: three matrix products in all. That needs the
 loss's derivative by each row's log-sum-exp during the sweep. The weighted sum of the pairs' losses knows it, so
 `sum_of_losses` makes the gradients in its forward. Losses returned one by one do not, so the backward of `log_sum_exp`
 sweeps again.
@@ -23,14 +23,14 @@ from recblocks.kernels.own_positives import OwnPositives
 from recblocks.kernels.sampled_softmax import cpp
 from recblocks.kernels.sampled_softmax.pool import Pool, Wanted, clear_unused, empty_gradients, refuse, wanted_now
 
-# One tile of logits: as many rows as the matrix products take to be as fast as square ones, 256 of 65,536 columns.
+# One tile of logits: so many rows that the matrix products are about as fast as square ones; 256 of 65,536 columns.
 _TILE_BYTES = 64 * 2**20
 _MIN_ROWS = 16
 _PAIRS = 4096  # whose embeddings are gathered at once
 
-# Of every row's log-sum-exp so far (U,), the rows of one tile and their probabilities, which may be changed: the loss's
-# derivative by those rows' log-sum-exp.
-Upstream = Callable[[Tensor, slice, Tensor], Tensor]
+# Of every row's log-sum-exp so far (U,), the rows of one tile, their exponentials, which may be changed, and the sums
+# of these (R,): the loss's derivative by those rows' log-sum-exp.
+Upstream = Callable[[Tensor, slice, Tensor, Tensor], Tensor]
 # Sees the rows of one tile and their logits before any is masked or gets its column's bias.
 Before = Callable[[slice, Tensor], None]
 
@@ -84,12 +84,15 @@ def sweep(
             tile += pool.bias
         if pool.masked is not None:
             tile.masked_fill_(pool.masked[chunk], -torch.inf)
-        if own is not None:
-            own.fill_(tile, start, -torch.inf)
-        log_sum_exp[chunk] = cpp.softmax_(tile, pool.bias) if in_cpp else _softmax_(tile)
+        if in_cpp:
+            log_sum_exp[chunk], totals = cpp.exponentials_(tile, pool.bias, None if own is None else own.owned, start)
+        else:
+            if own is not None:
+                own.fill_(tile, start, -torch.inf)
+            log_sum_exp[chunk], totals = _exponentials_(tile)
         if upstream is None:
             continue
-        slope = upstream(log_sum_exp, chunk, tile)[:, None]
+        slope = (upstream(log_sum_exp, chunk, tile, totals) / totals)[:, None]
         if wanted.queries:
             grad = torch.mm(tile, negatives, out=grad_queries[chunk]).mul_(slope * inverse_temperature)
             grad_inverse += (queries[chunk] * grad).sum() / inverse_temperature
@@ -100,14 +103,14 @@ def sweep(
     return log_sum_exp, grad_queries, grad_negatives, grad_bias, grad_inverse
 
 
-def _softmax_(tile: Tensor) -> Tensor:
-    """Turn logits into probabilities in place (finite ones in a row of -inf too) and return each row's log-sum-exp."""
+def _exponentials_(tile: Tensor) -> tuple[Tensor, Tensor]:
+    """As `cpp.exponentials_`, but divided by their sums, which are 1 then, and finite in a row of -inf."""
     peak = tile.amax(1)
     empty = peak == -torch.inf
     if not _checks.readable(tile) or empty.any():
         tile.masked_fill_(empty[:, None], 0)
     torch.softmax(tile, 1, out=tile)
-    return peak - tile.amax(1).log()
+    return peak - tile.amax(1).log(), torch.ones_like(peak)
 
 
 def _pair_slopes(log_sum_exp: Tensor, positive_logits: Tensor, weights: Tensor, pair_queries: Tensor | None) -> Tensor:
@@ -207,7 +210,7 @@ def _weighted_sum(
     if shift is not None:
         positive_logits += shift
 
-    def upstream(log_sum_exp: Tensor, chunk: slice, _: Tensor) -> Tensor:
+    def upstream(log_sum_exp: Tensor, chunk: slice, *_: Tensor) -> Tensor:
         if pair_queries is None:
             return _pair_slopes(log_sum_exp[chunk], positive_logits[chunk], weights[chunk], None)
         # Rows of later tiles still have L = -inf and so a slope of 0.
@@ -331,7 +334,7 @@ def _log_sum_exp_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of the sum of slopes * L, in the order of `sweep`."""
     pool = clear_unused(Pool(negatives, bias, masked, own, present))
-    return sweep(queries, pool, inverse_temperature, lambda _, chunk, __: slopes[chunk], Wanted(*wanted))[1:]
+    return sweep(queries, pool, inverse_temperature, lambda _, chunk, *__: slopes[chunk], Wanted(*wanted))[1:]
 
 
 @_log_sum_exp_backward.register_fake

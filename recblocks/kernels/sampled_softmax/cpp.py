@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from recblocks.kernels import building
+from recblocks.kernels.own_positives import Owned
 
 
 def takes(tile: Tensor) -> bool:
@@ -23,20 +24,30 @@ def takes(tile: Tensor) -> bool:
 def library() -> ctypes.CDLL:
     """The function of `softmax.cpp`; errors are `building.library`'s."""
     pointer, number = ctypes.c_void_p, ctypes.c_int64
-    types = pointer, pointer, pointer, number, number, number
+    types = *[pointer] * 9, *[number] * 3
     source = pathlib.Path(__file__).with_name("softmax.cpp")
     return building.library([source], {"softmax_rows": types}, ["-ffp-contract=fast"])
 
 
-def softmax_(tile: Tensor, bias: Tensor | None) -> Tensor:
-    """Turn logits into probabilities in place (0 in a row of -inf) and return each row's log-sum-exp.
+def exponentials_(tile: Tensor, bias: Tensor | None, own: Owned | None = None, start: int = 0) -> tuple[Tensor, Tensor]:
+    """Turn logits into exponentials in place, 1 being the largest of a row, and 0 all of a row of -inf.
 
     Args:
         tile: (R, N) float32, contiguous; -inf where masked.
         bias: (N,) of each column's logit; None is zeros. What it is changes nothing where a column is masked.
+        own: of all rows, columns that are masked too; None is none.
+        start: where the tile's rows stand among all.
+
+    Returns:
+        each row's log-sum-exp (R,) and the sum of its exponentials (R,), 1 where all are 0.
     """
-    log_sum_exp = tile.new_empty(tile.shape[0])
+    log_sum_exp, totals = tile.new_empty(2, tile.shape[0])
     bias = None if bias is None else bias.contiguous()
-    where = tile.data_ptr(), None if bias is None else bias.data_ptr(), log_sum_exp.data_ptr()
-    library().softmax_rows(*where, *tile.shape, building.num_threads())
-    return log_sum_exp
+    made = log_sum_exp.data_ptr(), totals.data_ptr()
+    where = tile.data_ptr(), None if bias is None else bias.data_ptr(), *made
+    owned: list[int | None] = [None] * 5
+    if own is not None:
+        rows = own.pair_first[start:], own.pair_count[start:]
+        owned = [one.data_ptr() for one in (*rows, own.column_first, own.column_count, own.columns)]
+    library().softmax_rows(*where, *owned, *tile.shape, building.num_threads())
+    return log_sum_exp, totals

@@ -1,4 +1,4 @@
-// Rows of logits become probabilities, a row at a time while it is in the cache; `cpp.py` builds and calls it.
+// Rows of logits become their exponentials, a row at a time while it is in the cache; `cpp.py` builds and calls it.
 
 #include <cmath>
 #include <cstdint>
@@ -7,6 +7,11 @@
 #include "../every_width.h"
 
 namespace {
+
+// What each row of a tile owns: `Owned` of `own_positives.py`.
+struct Owned {
+    const int64_t *pair_first, *pair_count, *column_first, *column_count, *columns;
+};
 
 constexpr int64_t LANES = 32;      // columns at a time
 constexpr int64_t ADDED = 32;      // how often a sum in float is added to before it goes to the one in double
@@ -43,8 +48,21 @@ inline void exponentiate(float* columns, float peak, float* sums) {
     }
 }
 
-// The row's log-sum-exp; -inf, and probabilities of 0, where all its logits are.
-EVERY_WIDTH float softmax(float* row, const float* bias, int64_t num) {
+// Brings columns of the next row, which is this thread's next, into the cache while this row is computed.
+inline void fetch(const float* columns) {
+    for (int64_t lane = 0; lane < LANES; lane += 16) __builtin_prefetch(columns + lane, 1);
+}
+
+inline void mask(float* row, const Owned& own, int64_t at) {
+    for (int64_t pair = own.pair_first[at]; pair < own.pair_first[at] + own.pair_count[at]; ++pair) {
+        const int64_t* columns = own.columns + own.column_first[pair];
+        for (int64_t k = 0; k < own.column_count[pair]; ++k) row[columns[k]] = -INFINITY;
+    }
+}
+
+// The logits less the row's largest become exponentials. Returns the row's log-sum-exp, -inf where all its logits are,
+// and writes the exponentials' sum, 1 in such a row.
+EVERY_WIDTH float exponentials(float* row, const float* bias, int64_t num, float* total) {
     const int64_t whole = num - num % LANES;
     float last[LANES], last_bias[LANES] = {}, peaks[LANES];  // what is left over is masked up to a whole number of lanes
     for (int64_t lane = 0; lane < LANES; ++lane) last[lane] = peaks[lane] = -INFINITY;
@@ -61,24 +79,32 @@ EVERY_WIDTH float softmax(float* row, const float* bias, int64_t num) {
     for (int64_t begin = 0; begin <= whole; begin += ADDED * LANES) {
         float sums[LANES] = {};
         const int64_t end = begin + ADDED * LANES;
-        for (int64_t at = begin; at < whole && at < end; at += LANES) exponentiate(row + at, peak, sums);
+        for (int64_t at = begin; at < whole && at < end; at += LANES) {
+            fetch(row + num + at);
+            exponentiate(row + at, peak, sums);
+        }
         if (whole < end) exponentiate(last, peak, sums);
         for (int64_t lane = 0; lane < LANES; ++lane) sum += sums[lane];
     }
     for (int64_t at = whole; at < num; ++at) row[at] = last[at - whole];
-    const float share = sum == 0 ? 0 : float(1 / sum);
-    for (int64_t at = 0; at < num; ++at) row[at] *= share;
+    *total = sum == 0 ? 1 : float(sum);
     return float(peak + std::log(sum));
 }
 
 }  // namespace
 
-// Of each of ``num_rows`` rows the softmax of logits + bias in place, and its log-sum-exp.
-extern "C" int softmax_rows(float* tile, const float* bias, float* log_sum_exp, int64_t num_rows, int64_t num_columns,
+// Of each of ``num_rows`` rows the exponentials of logits + bias, 0 in the columns it owns, in place, their sum and the
+// log-sum-exp. No bias and nothing owned are null.
+extern "C" int softmax_rows(float* tile, const float* bias, float* log_sum_exp, float* totals,
+                            const int64_t* pair_first, const int64_t* pair_count, const int64_t* column_first,
+                            const int64_t* column_count, const int64_t* columns, int64_t num_rows, int64_t num_columns,
                             int64_t num_threads) {
+    const Owned own = {pair_first, pair_count, column_first, column_count, columns};
 #pragma omp parallel for num_threads(num_threads) if (num_rows > 1)
-    for (int64_t row = 0; row < num_rows; ++row) {
-        log_sum_exp[row] = softmax(tile + row * num_columns, bias, num_columns);
+    for (int64_t at = 0; at < num_rows; ++at) {
+        float* row = tile + at * num_columns;
+        if (columns) mask(row, own, at);
+        log_sum_exp[at] = exponentials(row, bias, num_columns, totals + at);
     }
     return 0;
 }
