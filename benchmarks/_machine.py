@@ -73,7 +73,7 @@ def _processor() -> str:
 def _commit() -> str:
     """The commit that is checked out, and whether files differ from it."""
     said = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=40"],
+        ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
         cwd=pathlib.Path(__file__).parent,
         capture_output=True,
         text=True,

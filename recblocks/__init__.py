@@ -1,5 +1,7 @@
 """Building blocks for recommender models; each works alone."""
 
+from typing import TYPE_CHECKING
+
 from recblocks.embedding._layout import EmbeddingTable, IdFeature, Vectors
 from recblocks.embedding._packing import PackedIds
 from recblocks.embedding.fused_lookup import FusedEmbeddingLookup
@@ -85,7 +87,18 @@ from recblocks.timelines.tables import columns_from_arrow
 from recblocks.timelines.timeline import Timelines, write_timelines
 from recblocks.timelines.worlds import INDIFFERENT, INTERESTS, MARKOV, RESPONSIVE, UNIFORM, World
 
-__version__ = "0.1.0.dev0"
+if TYPE_CHECKING:
+    __version__: str
+else:
+
+    def __getattr__(name: str) -> str:
+        """The version of the installed package, looked up when it is asked for: a source tree alone has none."""
+        if name != "__version__":
+            raise AttributeError(f"module 'recblocks' has no attribute {name!r}")
+        from importlib.metadata import version
+
+        return version("recblocks")
+
 
 __all__ = [
     "INDIFFERENT",
