@@ -1,9 +1,12 @@
 """Each session makes a virtual environment of its own and installs what it needs, pinned by constraints.txt."""
 
+import pathlib
+import tempfile
+
 import nox
 
 nox.needs_version = ">=2024.4.15"
-nox.options.sessions = ["tests"]
+nox.options.sessions = ["tests", "docs", "wheel"]
 nox.options.error_on_external_run = True
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
@@ -33,9 +36,61 @@ def tests(session: nox.Session) -> None:
 
 @nox.session
 def docs(session: nox.Session) -> None:
-    """Build the site into docs/_build/html, warnings being errors."""
+    """Build the site into docs/_build/html, warnings being errors; run its doctests and gallery, follow its links."""
     install(session, "docs")
-    session.run("sphinx-build", "-W", "--keep-going", "-b", "html", "docs", "docs/_build/html", env=ONE_THREAD)
+    install_torchrec(session)
+    for builder in ("html", "doctest"):
+        command = ("sphinx-build", "-W", "--keep-going", "-b", builder, "docs", f"docs/_build/{builder}")
+        session.run(*command, env=ONE_THREAD)
+    session.run("python", "docs/check_links.py", "docs/_build/html")
+
+
+@nox.session
+def site(session: nox.Session) -> None:
+    """Look at the site that `nox -s docs` built, in headless Chromium ($CHROMIUM, else chromium on the path)."""
+    session.install("--constraint", "constraints.txt", "playwright", "axe-playwright-python")
+    session.run("python", "docs/check_site.py", "docs/_build/html")
+
+
+@nox.session
+def wheel(session: nox.Session) -> None:
+    """Build sdist and wheel, check them, and run the README's code and the newcomer's from the wheel alone."""
+    session.install("--constraint", "constraints.txt", "build", "twine", "hatchling", "hatch-vcs")
+    with tempfile.TemporaryDirectory() as scratch:
+        session.run("python", "-m", "build", "--no-isolation", "--outdir", f"{scratch}/dist")
+        (built,), (sdist,) = (map(str, pathlib.Path(scratch, "dist").glob(ending)) for ending in ("*.whl", "*.tar.gz"))
+        session.run("twine", "check", "--strict", built, sdist)
+        session.run("python", "-m", "venv", f"{scratch}/clean")
+        run_from_wheel(session, f"{scratch}/clean/bin/python", built, "--constraint", "constraints.txt")
+
+
+@nox.session(python="3.10")
+def lowest(session: nox.Session) -> None:
+    """The README's code from the wheel on the oldest Python, torch and numpy that are supported."""
+    from_new_wheel(session, "torch==2.13.0", "numpy==1.26.0")
+
+
+@nox.session(python="3.13")
+def highest(session: nox.Session) -> None:
+    """The README's code from the wheel on the newest Python that is supported, the newest torch and numpy."""
+    from_new_wheel(session)
+
+
+def from_new_wheel(session: nox.Session, *requirements: str) -> None:
+    """Build a wheel apart from the session's environment, and run from it what a newcomer would."""
+    with tempfile.TemporaryDirectory() as scratch:
+        session.run("python", "-m", "pip", "wheel", "--no-deps", "--wheel-dir", scratch, ".")
+        (built,) = pathlib.Path(scratch).glob("*.whl")
+        run_from_wheel(session, "python", str(built), *requirements)
+
+
+def run_from_wheel(session: nox.Session, python: str, built: str, *requirements: str) -> None:
+    """Install the wheel, and run the README's code and the newcomer's outside of the checkout."""
+    session.run(python, "-m", "pip", "install", built, *requirements, external=True)
+    runner, *pages = (str(pathlib.Path(name).absolute()) for name in ("tests/pages.py", "README.md", "docs/start.md"))
+    with tempfile.TemporaryDirectory() as elsewhere, session.chdir(elsewhere):
+        # isolated, so that what is imported is the wheel
+        session.run(python, "-I", runner, *pages, external=True, env=ONE_THREAD)
 
 
 @nox.session

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import pathlib
 import sys
 import urllib.error
@@ -10,11 +11,13 @@ import urllib.request
 from typing import Any
 
 from sphinx.application import Sphinx
+from sphinx.config import Config
 from sphinx.util import logging
 
 sys.path[:0] = [str(pathlib.Path(__file__).parent), str(pathlib.Path(__file__).parents[1])]
 
 import recblocks  # noqa: E402
+from benchmarks import draw  # noqa: E402
 
 project = "recblocks"
 author = "The recblocks developers"
@@ -27,21 +30,26 @@ extensions = [
     "myst_parser",
     "sphinx-mathjax-offline",
     "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.doctest",
     "sphinx.ext.intersphinx",
     "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
+    "sphinx_gallery.gen_gallery",
 ]
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "gallery"]
 html_theme = "furo"
 html_title = "recblocks"
 html_show_sphinx = False
 html_static_path = ["_static"]
 html_css_files = ["recblocks.css"]
+html_js_files = ["scrolling.js"]
 
 default_role = "code"
 add_module_names = False
 autodoc_member_order = "bysource"
+autosummary_generate = False  # the pages are written, and this links to them
 autodoc_typehints = "none"  # shapes and units stand in the text
 napoleon_use_ivar = True
 napoleon_custom_sections = [("Source", "notes_style")]
@@ -64,6 +72,16 @@ plot_rcparams = {
     "svg.hashsalt": "recblocks",
 }
 plot_apply_rcparams = True
+
+doctest_global_setup = "import torch\nfrom recblocks import *"
+sphinx_gallery_conf = {
+    "abort_on_example_error": True,
+    "download_all_examples": False,
+    "examples_dirs": "gallery",
+    "gallery_dirs": "generated/gallery",
+    "show_signature": False,
+    "write_computation_times": False,
+}
 
 
 def answers(url: str) -> bool:
@@ -94,7 +112,21 @@ def without_signatures_of_tuples(_app: Sphinx, what: str, _name: str, given: Any
     return None
 
 
+def write_benchmark_pages(app: Sphinx, _: Config) -> None:
+    """Write a page of tables and pictures for each run that is on record."""
+    for path in sorted((app.srcdir.parent / "benchmarks" / "results").glob("*.json")):
+        draw.write_page(json.loads(path.read_text()), app.srcdir / "generated" / "benchmarks" / path.stem)
+
+
+def headings_with_levels(_app: Sphinx, _page: str, _template: str, context: dict[str, Any], _doctree: object) -> None:
+    """Sphinx calls the caption of a list of pages a heading, without the level that screen readers need."""
+    for part in {"body", "furo_navigation_tree"} & context.keys():
+        context[part] = context[part].replace('role="heading">', 'role="heading" aria-level="2">')
+
+
 def setup(app: Sphinx) -> None:
     """Called by Sphinx."""
+    app.connect("config-inited", write_benchmark_pages)
+    app.connect("html-page-context", headings_with_levels, priority=900)  # after the theme has made its tree
     app.connect("env-check-consistency", every_public_name_has_a_page)
     app.connect("autodoc-process-signature", without_signatures_of_tuples)

@@ -1,16 +1,20 @@
 """The site's pages: their figures are drawn by code that runs, and every public name has its place."""
 
+import ast
 import difflib
+import importlib.util
 import pathlib
 import re
+import sys
 import textwrap
 
+import pages
 import pytest
 
 import recblocks
 
 DOCS = pathlib.Path(__file__).parents[1] / "docs"
-PAGES = sorted(DOCS.rglob("*.md"))
+PAGES = sorted(page for page in DOCS.rglob("*.md") if not {"generated", "gallery", "_build"} & {*page.parts})
 PLOT = re.compile(r"^\.\. plot::\n((?:   .*\n|\n)+)", re.MULTILINE)
 REFERENCE = re.compile(r"^\.\. (?:auto\w+|py:data):: recblocks\.(\w+)$", re.MULTILINE)
 FIGURES = [
@@ -18,6 +22,13 @@ FIGURES = [
     for page in PAGES
     for number, match in enumerate(PLOT.finditer(page.read_text()))
 ]
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if pages.BLOCK.search(page.read_text())], ids=lambda page: page.stem
+)
+def test_the_code_of_a_page_runs(page):
+    pages.run(page)
 
 
 @pytest.mark.parametrize("figure", FIGURES)
@@ -33,7 +44,7 @@ def test_figures_are_drawn(figure):
 
 
 def test_a_newcomer_changes_ten_lines_and_the_loss_falls(capsys):
-    before, after = re.findall(r"^```python\n(.*?)^```", (DOCS / "start.md").read_text(), re.DOTALL | re.MULTILINE)
+    before, after = pages.BLOCK.findall((DOCS / "start.md").read_text())
     assert len(before.splitlines()) <= 45
     changed = [line for line in difflib.ndiff(before.splitlines(), after.splitlines()) if line.startswith("+ ")]
     assert len(changed) <= 10
@@ -56,10 +67,59 @@ def test_every_public_name_stands_on_one_page():
     assert sorted(names) == sorted(recblocks.__all__)
 
 
+def test_every_public_name_is_listed():
+    listed = re.findall(r"^   recblocks\.(\w+)$", (DOCS / "api.md").read_text(), re.MULTILINE)
+    assert sorted(listed) == sorted(recblocks.__all__)
+
+
 def test_every_page_is_in_the_table_of_contents():
     listed = re.findall(r"^([\w/]+)$", (DOCS / "index.md").read_text(), re.MULTILINE)
+    listed = [name for name in listed if not name.startswith("generated/")]
     pages = {str(page.relative_to(DOCS).with_suffix("")) for page in PAGES} - {"index"}
     assert sorted(listed) == sorted(pages)
+
+
+def test_every_equation_table_and_figure_of_the_papers_has_its_line():
+    page = (DOCS / "paper_to_code.md").read_text().lower()
+    printed = {  # read off the papers
+        "pinnerformer": {"equation": 3, "table": 10, "figure": 6},
+        "rethinking": {"table": 2, "figure": 2},
+        "transact": {"equation": 4, "table": 9, "figure": 6},
+    }
+    parts = {part.split()[0]: part for part in page.split("\n## ")[1:]}
+    for paper, kinds in printed.items():
+        for kind, last in kinds.items():
+            named: set[int] = set()
+            for numbers in re.findall(rf"{kind}s? (\d+(?:(?:, | and | to )\d+)*)", parts[paper]):
+                named.update(map(int, re.findall(r"\d+", numbers)))
+                named.update(*(range(int(low), int(high)) for low, high in re.findall(r"(\d+) to (\d+)", numbers)))
+            assert named == set(range(1, last + 1)), f"{paper}: {kind}"
+
+
+def test_the_commands_of_the_pages_are_there():
+    root = DOCS.parent
+    defined = ast.parse((root / "noxfile.py").read_text()).body
+    sessions = {one.name for one in defined if isinstance(one, ast.FunctionDef) and one.decorator_list}
+    for page in [root / "README.md", root / "CONTRIBUTING.md", *PAGES]:
+        text = page.read_text()
+        assert {*re.findall(r"nox -s (\w+)", text)} <= sessions, page.name
+        for module in re.findall(r"python -m ((?:benchmarks|examples)[\w.]*)", text):
+            assert importlib.util.find_spec(module), f"{page.name}: {module}"
+
+
+def test_a_link_that_leads_nowhere_is_found(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(DOCS))
+    monkeypatch.delitem(sys.modules, "check_links", raising=False)
+    check_links = importlib.import_module("check_links")
+    (tmp_path / "a b.html").write_text('<a id="here" href="#here">x</a> <a href="https://else.where/">y</a>')
+    (tmp_path / "c.html").write_text(
+        '<a href="a%20b.html#here">1</a> <a href="a%20b.html#gone">2</a> <img src="no.svg"> <a href="#top">3</a>'
+    )
+    assert list(check_links.broken(tmp_path)) == [
+        "c.html: #top has no such place",
+        "c.html: a%20b.html#gone has no such place",
+        "c.html: no.svg is not there",
+    ]
 
 
 def test_the_files_that_a_page_names_are_there():
