@@ -1,16 +1,18 @@
-"""``python docs/check_site.py FOLDER``: look at every page of a built site in headless Chromium, as readers do.
+"""``python docs/check_site.py FOLDER [PAGE ...]``: look at a built site in headless Chromium, as readers do.
 
-Each page, 1280 and 390 pixels wide, light and dark, must not scroll sideways, draw its formulas and figures, ask no
-other host for anything, say no error, and pass axe-core without a serious violation; the search must find what readers
-look for. Pictures of the pages go into FOLDER's sibling ``screenshots``. $CHROMIUM names the browser where it is not on
-the path.
+Each page, or each of those that are named, 1280 and 390 pixels wide, light and dark, must not scroll sideways, draw its
+formulas and figures, ask no other host for anything, say no error, and pass axe-core without a serious violation; the
+search must find what readers look for. Pictures of the pages go into FOLDER's sibling ``screenshots``. $CHROMIUM names
+the browser where it is not on the path.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import functools
 import http.server
+import itertools
 import os
 import pathlib
 import shutil
@@ -78,19 +80,18 @@ def faults_of(page: Page, address: str, name: str, axe: Axe) -> Iterator[str]:
     page.remove_listener("requestfailed", see)
 
 
-def look(browser: Browser, address: str, names: list[str], shots: pathlib.Path) -> Iterator[str]:
-    """Every fault of every page, however it is shown."""
+def look(chromium: str, address: str, names: list[str], shots: pathlib.Path, width: int, theme: str) -> list[str]:
+    """Every fault of every page, shown so wide and in that theme."""
+    faults: list[str] = []
     axe = Axe()
-    for width in WIDTHS:
-        for theme in THEMES:
-            page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=theme)
-            for name in names:
-                for fault in faults_of(page, address, name, axe):
-                    yield f"{name}, {width} px, {theme}: {fault}"
-                shot = shots / f"{width}-{theme}" / f"{name.removesuffix('.html').replace('/', '-')}.png"
-                page.screenshot(path=shot, full_page=True)
-            page.close()
-            print(f"looked at {len(names)} pages, {width} px, {theme}", flush=True)
+    with sync_playwright() as playwright, playwright.chromium.launch(executable_path=chromium) as browser:
+        page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=theme)
+        for name in names:
+            faults += [f"{name}, {width} px, {theme}: {fault}" for fault in faults_of(page, address, name, axe)]
+            shot = shots / f"{width}-{theme}" / f"{name.removesuffix('.html').replace('/', '-')}.png"
+            page.screenshot(path=shot, full_page=True)
+    print(f"looked at {len(names)} pages, {width} px, {theme}", flush=True)
+    return faults
 
 
 def search(browser: Browser, address: str) -> Iterator[str]:
@@ -109,16 +110,21 @@ def search(browser: Browser, address: str) -> Iterator[str]:
     page.close()
 
 
-def main(folder: pathlib.Path) -> int:
+def main(folder: pathlib.Path, names: list[str]) -> int:
     """Print every fault and how many pages were looked at; 1 if there is any."""
     chromium = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
     if chromium is None:
         raise SystemExit("no Chromium: install one (Debian: apt-get install chromium), or name it in $CHROMIUM")
-    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.html") if "_static" not in path.parts)
-    with served(folder) as address, sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium)
-        faults = [*search(browser, address), *look(browser, address, names, folder.parent / "screenshots")]
-        browser.close()
+    names = names or sorted(
+        str(path.relative_to(folder)) for path in folder.rglob("*.html") if "_static" not in path.parts
+    )
+    with served(folder) as address:
+        with sync_playwright() as playwright, playwright.chromium.launch(executable_path=chromium) as browser:
+            faults = list(search(browser, address))
+        with concurrent.futures.ProcessPoolExecutor(2) as pool:
+            of_all = functools.partial(look, chromium, address, names, folder.parent / "screenshots")
+            for found in pool.map(of_all, *zip(*itertools.product(WIDTHS, THEMES), strict=True)):
+                faults += found
     for fault in faults:
         print(fault)
     print(f"{len(names)} pages, {len(WIDTHS)} widths, {len(THEMES)} themes: {len(faults)} faults")
@@ -126,4 +132,4 @@ def main(folder: pathlib.Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(pathlib.Path(sys.argv[1]).absolute()))
+    sys.exit(main(pathlib.Path(sys.argv[1]).absolute(), sys.argv[2:]))

@@ -42,6 +42,7 @@ exclude_patterns = ["_build", "gallery"]
 html_theme = "furo"
 html_title = "recblocks"
 html_show_sphinx = False
+html_favicon = "_static/favicon.svg"
 html_static_path = ["_static"]
 html_css_files = ["recblocks.css"]
 html_js_files = ["scrolling.js"]

@@ -79,6 +79,19 @@ def test_every_page_is_in_the_table_of_contents():
     assert sorted(listed) == sorted(pages)
 
 
+@pytest.mark.parametrize("page", sorted((DOCS / "blocks").glob("*.md")), ids=lambda page: page.stem)
+def test_a_page_of_a_block_has_its_parts(page):
+    text = page.read_text()
+    parts = re.findall(r"^## (.+)$", text, re.MULTILINE)
+    known = ["Example", "Shapes", "Pitfalls", "Reference", "Cost", "Source", "Tests"]
+    assert parts == [part for part in known if part in parts], "in this order"
+    assert {"Example", "Shapes", "Reference", "Source", "Tests"} <= {*parts}
+    purpose = re.split(r"\n\n(?=\$\$|```|## )", text.split("\n\n", 1)[1])[0]
+    assert len(purpose) <= 400
+    assert re.search(r"^```python$", text.split("## Example")[1].split("## Shapes")[0], re.MULTILINE)
+    assert re.findall(r"`tests/test_\w+\.py`", text.split("## Tests")[1])
+
+
 def test_every_equation_table_and_figure_of_the_papers_has_its_line():
     page = (DOCS / "paper_to_code.md").read_text().lower()
     printed = {  # read off the papers

@@ -97,7 +97,8 @@ def simulate(world: World, *, seed: int = 0, unit: str = "ms") -> Simulation:
     parameter, the number of users included, is another world, and none of its users need agree.
 
     Args:
-        world: The parameters: `INTERESTS`, `MARKOV`, `UNIFORM`, or a `dataclasses.replace` of one.
+        world: The parameters: `INTERESTS`, `MARKOV`, `UNIFORM`, `RESPONSIVE`, `INDIFFERENT`, or a `dataclasses.replace`
+            of one.
         seed: Of the generator that every draw comes from.
         unit: "s" or "ms"; seconds are cut off, not rounded.
 
