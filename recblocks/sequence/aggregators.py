@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from recblocks import _checks
+from recblocks.kernels import dispatch
 
 
 def average_pool(x: Tensor, valid: Tensor) -> Tensor:
@@ -290,9 +292,11 @@ class LSTMAggregator(nn.Module):
         if torch.compiler.is_compiling():
             # On a CPU the compiler takes an operator whose backward it cannot trace, unless the input needs a gradient.
             actions = actions + 0 * weights[0][0, 0]
-        states, _, _ = torch.lstm(
-            actions, (start, start), weights, True, self.num_layers, 0.0, self.training, False, True
-        )
+        # Under autocast torch asks oneDNN for an LSTM in bfloat16, which fails on a CPU without instructions for it.
+        with dispatch.without_autocast(x.device) if x.device.type == "cpu" else contextlib.nullcontext():
+            states, _, _ = torch.lstm(
+                actions, (start, start), weights, True, self.num_layers, 0.0, self.training, False, True
+            )
         return _state_after_the_newest(states, valid).to(dtype)
 
 

@@ -80,6 +80,7 @@ def clean_actions(
         The kept records, in the order in which they came, and the report.
 
     Example:
+        >>> import numpy as np
         >>> cleaned = clean_actions(
         ...     user=np.array([1, 1, 1]), time=np.array([10, 10, 11]), item=np.array([5, 5, 5]), unit="s",
         ...     duration=np.array([3.0, 4.0, -1.0]),

@@ -59,6 +59,7 @@ class RealtimeActions:
         Pickle and deepcopy keep the whole state.
 
     Example:
+        >>> import numpy as np
         >>> stream = RealtimeActions(num_actions=3, unit="s", lateness=5)
         >>> stream.apply(user=np.array([1, 1]), time=np.array([10, 12]), item=np.array([7, 8]))
         CleaningReport(read=2, kept=2, merged={}, dropped={})

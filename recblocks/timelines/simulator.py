@@ -81,7 +81,8 @@ def positive_engagement(columns: Mapping[str, Tensor]) -> Tensor:
         A bool tensor of that shape.
 
     Example:
-        >>> kinds, surfaces = torch.tensor([SAVE, CLICK, CLICK]), torch.tensor([HOME, HOME, SEARCH])
+        >>> kinds = torch.tensor([0, 2, 2])  # a save and two clicks
+        >>> surfaces = torch.tensor([0, 0, 1])  # on home, home and search
         >>> positive_engagement({"action_type": kinds, "surface": surfaces, "duration": torch.tensor([1.0, 9.0, 99.0])})
         tensor([ True, False, False])
     """
