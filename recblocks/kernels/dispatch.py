@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
+# Asked once, since torch 2.11's compiler does not trace the question.
+_WITH_AUTOCAST = {kind for kind in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(kind)}
 
 
 def on_nvidia(given: Iterable[Tensor]) -> bool:
@@ -31,6 +33,6 @@ def watched() -> bool:
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Keep matrix products in the dtype of their arguments, whatever the caller's autocast says."""
-    if not torch.amp.is_autocast_available(device.type):
+    if device.type not in _WITH_AUTOCAST:
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
