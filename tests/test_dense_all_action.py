@@ -422,6 +422,31 @@ def test_a_pair_s_loss_is_exact_in_both_tails(backend, gap):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # by Triton's interpreter, where a slope is 1 / inf
+@pytest.mark.parametrize("gap", [50.0, 85.0, 89.0, 92.0, 97.0, 103.0, 120.0])
+def test_a_query_whose_positives_are_far_ahead_costs_the_others_nothing(backend, reduction, gap):
+    """Its slope is below the smallest normal float32 from a gap of 88 on, and 0 from 104: unit vectors at τ = .01."""
+    embeddings, keywords = drawn(4, 6, 8, 200, 4, users=(1,), dtype=torch.float32)
+    keywords["query_users"][-2:], keywords["positive_users"][-2:] = 2, 2
+    keywords["query_times"][-2:], keywords["positive_times"][-2:] = 0, 1
+    keywords["positive_items"][-2:] = torch.tensor([100, 101])
+    del keywords["log_q_positives"], keywords["log_q_negatives"]
+    for one in embeddings:
+        one[:, 0] = 0
+    embeddings[0][-2:] = embeddings[1][-2:] = torch.tensor([math.sqrt(gap / 2), 0, 0, 0])
+    wide = [one.double() for one in embeddings]
+    keywords |= {"weights": keywords["weights"].double(), "temperature": torch.tensor(0.5, dtype=torch.float64)}
+    want = gradients(wide, keywords, reduction=reduction, backend="reference")
+    keywords |= {"weights": keywords["weights"].float(), "temperature": torch.tensor(0.5)}
+    got = gradients(embeddings, keywords, reduction=reduction, backend=backend)
+    # Logits of up to some 20 beside each other, as where float32 and float64 are compared above.
+    allowed = 100 * torch.finfo(torch.float32).eps
+    for one, exact in zip([got[0], *got[1]], [want[0], *want[1]], strict=True):
+        torch.testing.assert_close(one.double(), exact, rtol=0, atol=allowed * exact.abs().max().item())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_huge_log_q_of_a_positive_that_is_not_corrected_costs_no_digits(backend):
     """Its column is masked for its own query, so that it does not matter at all."""
     embeddings, keywords = drawn(0, 6, 8, 4, 3, users=(1,), dtype=torch.float32)

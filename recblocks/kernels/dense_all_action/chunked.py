@@ -83,7 +83,9 @@ def _sweep(
                 pulled[slab].addmv_(pulls.t(), weights[some])
             here = slice(some.start - rows.start, some.stop - rows.start)
             slopes[here] = slope
-            exponentials[here, slab] -= pulls.mul_((totals[here] / torch.where(slope == 0, 1, slope))[:, None])
+            # A slope may be so small that nothing but its own pulls can be divided by it.
+            shares = pulls.div_(torch.where(slope == 0, 1, slope)[:, None])
+            exponentials[here, slab] -= shares.mul_(totals[here, None])
         return weights[rows] * slopes
 
     swept = sweep(queries, pool, inverse_temperature, upstream, wanted, before)

@@ -24,7 +24,7 @@ def _met(first, last, line, real):
 
 @triton.jit
 def _share(behind):
-    """The logistic function of L - s."""
+    """The logistic function of L - s; where that is far below 0, exp gives inf, and this the 0 that is meant."""
     return 1 / (1 + tl.exp(-behind))
 
 
