@@ -319,6 +319,23 @@ def test_many_candidates_of_a_user_equal_a_row_each(
     torch.testing.assert_close(got, want[0], **EXACT)
 
 
+@pytest.mark.parametrize("part", ["qkv", "attention_out", "ffn_hidden"])
+def test_many_candidates_go_through_a_part_of_a_layer_that_was_swapped(part):
+    class Adapted(torch.nn.Linear):
+        def forward(self, x):
+            return 3 * super().forward(x)
+
+    module = transformer()
+    given = arguments(module, torch.tensor([[True, True, False, True, False]]))
+    candidates = torch.randn(1, 4, ITEM, dtype=torch.float64)
+    plain = one_by_one(module, given, candidates)
+    getattr(module.layers[1], part).__class__ = Adapted
+    want = one_by_one(module, given, candidates)
+    assert not torch.allclose(want, plain)
+    del given["candidate"]
+    torch.testing.assert_close(module.encode_candidates(module.encode_user(**given), candidates), want, **EXACT)
+
+
 @pytest.mark.parametrize("user_dim", [None, USER])
 def test_slots_that_no_user_has_cost_nothing(user_dim):
     module = transformer(user_dim=user_dim)

@@ -56,6 +56,20 @@ class PostNormLayer(nn.Module):
         attended = self.attention_out(attended.transpose(1, 2).flatten(2))
         return self.feed_forward(self.attention_norm(x + self._drop(attended)))
 
+    def one_head(self, x: Tensor, keys: Tensor | None) -> Tensor:
+        """What `forward` gives without dropout, where there is one head: two projections of each token, not four.
+
+        ``q_i·k_j = (Wk^T Wq x_i + Wk^T bq)·x_j`` and what does not depend on j, which the softmax cancels; and shares a
+        sum to 1, so ``Wo Σ_j a_ij (Wv x_j + bv) = Wo Wv Σ_j a_ij x_j + Wo bv``.
+        """
+        (query, key, value), (query_bias, _, value_bias) = self.qkv.weight.chunk(3), self.qkv.bias.chunk(3)
+        out, out_bias = self.attention_out.weight, self.attention_out.bias
+        mask = None if keys is None else keys[:, None, None]
+        q = functional.linear(x, key.T @ query, key.T @ query_bias)[:, None]
+        attended = functional.scaled_dot_product_attention(q, x[:, None], x[:, None], attn_mask=mask)[:, 0]
+        attended = functional.linear(attended, out @ value, out @ value_bias + out_bias)
+        return self.feed_forward(self.attention_norm(x + attended))
+
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, each (B, num_heads, L, head_dim)."""
         return split_heads(self.qkv(x), self.num_heads)
