@@ -974,3 +974,9 @@ def test_rows_follow_from_the_calls_and_not_from_the_seed():
         rows.append(table.find(ids))
     assert torch.equal(rows[0], rows[1])
     assert torch.equal(rows[0], rows[2])
+
+
+@pytest.mark.parametrize(("evict", "bytes_a_row"), [(None, 14.1), ("least_used", 22.1)])
+def test_a_row_costs_what_the_docstring_says(evict, bytes_a_row):
+    held = sum(one.nbytes for one in IdTable(100_000, evict=evict).buffers())
+    assert held / 100_000 == pytest.approx(bytes_a_row, abs=0.05)  # printed with one decimal

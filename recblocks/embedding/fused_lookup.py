@@ -76,7 +76,7 @@ class FusedEmbeddingLookup(nn.Module):
         learning_rate: η of the last two; a schedule writes into the buffer of this name.
         admit_after: like `IdTable`'s, and so are sketch, evict and seed.
         backend: "auto" takes Triton's kernels on CUDA, where Triton is installed, C++ on a CPU, where there is a
-            compiler (it is built when it is first needed, in a second, and kept in the user's cache folder), and plain
+            compiler (it is built when it is first needed, in seconds, and kept in the user's cache folder), and plain
             torch elsewhere and for what is exported. "reference" is plain torch.
         generator: draws the first weights.
         device: where everything lives.

@@ -49,7 +49,7 @@ def dense_all_action_loss(
     Here they are found by user and time, and their logits are those of the pool: all pairs for the price of the rows.
 
     What holds of absence there holds here: a query of weight 0 or without a pair may hold NaN, and so may a column that
-    is masked for every other query and in none's window. Fast backends never hold rows x columns.
+    is masked for every other query and in none's window. Fast backends hold a tile of rows x columns at most.
 
     Args:
         queries: (U, D) embeddings of users at some time, floating point, in any order.

@@ -1,4 +1,4 @@
-"""Sampled softmax some rows at a time: one tile of logits is all there is, and rows x columns never exist.
+"""Sampled softmax some rows at a time: one tile of logits is all there is.
 
 A tile of rows meets every column, so its log-sum-exp is final at once, and the tile, turned into exponentials in place,
 gives its share of every gradient before the next one overwrites it: three matrix products in all. That needs the
