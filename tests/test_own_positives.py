@@ -41,7 +41,8 @@ def test_mask_equals_the_scalar_oracle(own):
 def test_tiles_are_the_rows_of_the_mask_whichever_way_they_are_made(own, rows, share, listed):
     """By the list of owned entries, by a table where entries are many, and by a table always, as on a GPU."""
     chunked = OwnPositives(*own)
-    chunked._listed = listed
+    if not listed:
+        chunked.owned = None
     before, own_positives._SPARSE_SHARE = own_positives._SPARSE_SHARE, share
     try:
         for start in range(0, len(own[0]), rows):
