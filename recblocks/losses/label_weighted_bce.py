@@ -180,9 +180,10 @@ def _check_shapes(
 
 
 def _check_labels(labels: Tensor) -> None:
-    if _checks.readable(labels):
-        bad = ~((labels >= 0) & (labels <= 1))
-        if bad.any():
+    if _checks.readable(labels) and labels.numel():
+        least, most = labels.aminmax()  # one pass; both are NaN where a label is
+        if not (least >= 0 and most <= 1):
+            bad = ~((labels >= 0) & (labels <= 1))
             raise ValueError(f"labels must be from 0 to 1, got {labels[bad][0].item()!r}")
 
 
