@@ -125,9 +125,7 @@ def show(one: Comparison, rows: Sequence[Row]) -> None:
     if any(row.kernels is not None for row in rows):
         header += "ms replayed", "kernels"
     cells = [cell + ("",) * (len(header) - len(cell)) for cell in cells]
-    Table(f"{one.op}: {sizes}, {one.dtype}{bars}", header, cells).show()
-    for line in missed(one, rows):
-        print(f"  missed: {line}")
+    Table(f"{one.op}: {sizes}, {one.dtype}{bars}", header, cells, missed(one, rows)).show()
 
 
 def extra_bytes(call: Callable[[], Sequence[Tensor]], device: torch.device) -> int:

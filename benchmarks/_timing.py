@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -58,15 +58,19 @@ class Table(NamedTuple):
     title: str
     header: tuple[str, ...]
     rows: list[tuple[object, ...]]
+    missed: Sequence[str] = ()
+    """The bars that are not met."""
 
     def cells(self) -> list[tuple[str, ...]]:
         """The rows as text."""
         return [tuple(f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row) for row in self.rows]
 
     def show(self) -> None:
-        """Print the rows as aligned columns."""
+        """Print the rows as aligned columns, and the bars that are not met."""
         cells = [self.header, *self.cells()]
         widths = [max(len(row[column]) for row in cells) for column in range(len(self.header))]
         print(f"\n{self.title}")
         for row in cells:
             print("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        for line in self.missed:
+            print(f"  missed: {line}")

@@ -52,6 +52,7 @@ def write_page(found: dict[str, Any], folder: pathlib.Path) -> None:
         table = Table(**one)
         lines = [table.header, ("---",) * len(table.header), *table.cells()]
         parts += [f"## {table.title[:1].upper()}{table.title[1:]}", *["\n".join(_line([*line], 0) for line in lines)]]
+        parts += [f"Missed: {line}." for line in table.missed]
     (folder / "index.md").write_text("\n\n".join(parts) + "\n")
 
 

@@ -39,6 +39,7 @@ class Benchmark(SphinxDirective):
             made += [nodes.paragraph(text=f"Missed: {line}.") for line in result["missed"]]
         for one in tables:
             made += [nodes.paragraph(text=f"{one.title[:1].upper()}{one.title[1:]}."), table(one.header, one.cells())]
+            made += [nodes.paragraph(text=f"Missed: {line}.") for line in one.missed]
         machine = found["machine"]
         said = f"{machine['processor']}, {machine['threads']} threads, commit {machine['commit'][:12]}: medians."
         return [*made, nodes.paragraph(text=said)]

@@ -18,7 +18,10 @@ from benchmarks import (
     _machine,
     bench_action_transformer,
     bench_import,
+    bench_objectives,
     bench_sampled_softmax,
+    bench_simulator,
+    bench_sketch,
     bench_time,
     draw,
 )
@@ -174,16 +177,71 @@ def test_a_run_that_is_stopped_has_written_what_it_saw(monkeypatch, tmp_path):
 
 def test_tables_are_printed_written_down_and_drawn(monkeypatch, tmp_path, capsys):
     rows = [("one", 0.00012345), ("two", 7)]
-    monkeypatch.setattr(bench_import, "tables", lambda: iter([Table("import, ms", ("what", "ms"), rows)]))
+    table = Table("import, ms", ("what", "ms"), rows, ["7 ms two, not 5"])
+    monkeypatch.setattr(bench_import, "tables", lambda: iter([table]))
     path = tmp_path / "run.json"
     assert runner.main(["import", "--json", str(path)]) == 0
-    assert "one   0.000123" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "one   0.000123" in out
+    assert "missed: 7 ms two, not 5" in out
     found = json.loads(path.read_text())
     assert found["results"] == []
-    assert found["tables"] == [{"title": "import, ms", "header": ["what", "ms"], "rows": [list(row) for row in rows]}]
+    written = {"title": "import, ms", "header": ["what", "ms"], "rows": [list(row) for row in rows]}
+    assert found["tables"] == [written | {"missed": table.missed}]
     draw.main([str(path), str(tmp_path)])
     page = (tmp_path / "index.md").read_text()
-    assert page.endswith("## Import, ms\n\n| what | ms |\n| --- | --- |\n| one | 0.000123 |\n| two | 7 |\n")
+    drawn = "## Import, ms\n\n| what | ms |\n| --- | --- |\n| one | 0.000123 |\n| two | 7 |\n"
+    assert page.endswith(f"{drawn}\nMissed: 7 ms two, not 5.\n")
+    assert Table(**written).missed == ()  # as an older run wrote it
+
+
+@pytest.mark.parametrize(
+    ("module", "met", "short", "said"),
+    [
+        (bench_import, ("anew", 90.0, 100.0, 900.0), ("anew", 90.0, 101.0, 102.0), ["101 ms anew, not 100"]),
+        (
+            bench_sketch,
+            (8192, "5 x 27", 10.0, 50.0, 50.0, 5.0, 5.0),
+            (8192, "5 x 27", 10.0, 49.0, 40.0, 4.9, 4.0),
+            [f"{times} times Apache, from a {given}, not 5: 8,192 ids a call, 5 x 27"
+             for times, given in (("4.90", "tensor"), ("4.00", "list"))],
+        ),
+        (
+            bench_objectives,
+            ("dense all action", 7000, 1.0, 1.0, 500, ">= 500"),
+            ("dense all action", 7000, 1.0, 1.0, 499, ">= 500"),
+            ["499 thousand pairs/s of dense all action, not 500"],
+        ),
+        (bench_objectives, ("next action", 61, 1.0, 1.0, 15, ""), ("SASRec", 61, 1.0, 1.0, 15, ""), []),
+        (
+            bench_simulator,
+            ("markov", 3000, 9000, 0.01, 300.0),
+            ("markov", 2990, 9000, 0.01, 299.0),
+            ["299 thousand actions/s of markov, not 300"],
+        ),
+    ],
+)  # fmt: skip
+def test_a_table_says_which_bars_its_rows_miss(module, met, short, said):
+    assert module.missed([met]) == []
+    assert module.missed([met, short]) == said
+
+
+@pytest.mark.parametrize(
+    "path", sorted((pathlib.Path(runner.__file__).parent / "results").glob("*.json")), ids=lambda path: path.stem
+)
+def test_what_is_on_record_says_which_bars_were_missed(path):
+    judges = {
+        "import": bench_import,
+        "anchors": bench_objectives,
+        "Simulator,": bench_simulator,
+        "sketch": bench_sketch,
+    }
+    judged = 0
+    for table in json.loads(path.read_text())["tables"]:
+        judge = judges.get(table["title"].split()[0])
+        assert table["missed"] == (judge.missed(table["rows"]) if judge else [])
+        judged += judge is not None
+    assert judged == len(judges)
 
 
 def test_every_benchmark_compares_or_has_tables():
