@@ -33,7 +33,6 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"no benchmark named {', '.join(unknown)}; there are: {', '.join(names)}")
     earlier = None if given.against is None else json.loads(given.against.read_text())
     keep_memory()
-    torch.manual_seed(0)
     machine = described(given.device)
     print(f"{machine['processor']}, {machine['threads']} threads, {machine['versions']}, commit {machine['commit']}")
     rates: dict[str, Rates] = {}
@@ -52,6 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     for name in given.names or names:
         module = importlib.import_module(f"benchmarks.bench_{name}")
+        torch.manual_seed(0)
         for seen in module.tables() if hasattr(module, "tables") else ():
             seen.show()
             tables.append(seen._asdict())

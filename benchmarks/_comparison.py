@@ -57,7 +57,7 @@ class Row(NamedTuple):
     extra_bytes: int | None
     """The most that a call holds at once beside what it gives back."""
     of_floor: float | None
-    """The time that the work takes at least, of the time that it took."""
+    """The time that the work takes at the measured rates, of the time that it took."""
     replayed: float | None = None
     """The median where a CUDA graph replays what a call did, so that the host launches nothing; None where none can."""
     kernels: int | None = None

@@ -17,7 +17,7 @@ SIDE, COPIED = 2048, 1 << 26  # of a matrix; float32 numbers, more than a cache 
 
 
 class Rates(NamedTuple):
-    """What nothing that computes or moves as much can be faster than."""
+    """Of one large product and one large copy: a yardstick, no bound, for another shape of product may be faster."""
 
     flops: float
     """A second, of a product of matrices."""
@@ -25,14 +25,15 @@ class Rates(NamedTuple):
     """A second, read and written, of a copy."""
 
     def floor(self, flops: float, moved: float) -> float:
-        """Seconds that so many operations and bytes take at least, the ones beside the others."""
+        """Seconds that so many operations and bytes take at these rates, the ones beside the others."""
         return max(flops / self.flops, moved / self.bytes)
 
 
 def measure_rates(device: torch.device, dtype: torch.dtype = torch.float32) -> Rates:
     """With the matrices of that dtype; on a GPU these are larger, for it has more units to fill."""
     side = SIDE if device.type == "cpu" else 4 * SIDE
-    left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    generator = torch.Generator(device).manual_seed(0)  # so that what is drawn next is as it would be without
+    left, right = (torch.randn(side, side, generator=generator, device=device, dtype=dtype) for _ in range(2))
     product = torch.empty_like(left)
     source = torch.zeros(COPIED, device=device)
     target = torch.ones_like(source)

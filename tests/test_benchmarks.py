@@ -195,6 +195,28 @@ def test_tables_are_printed_written_down_and_drawn(monkeypatch, tmp_path, capsys
     assert Table(**written).missed == ()  # as an older run wrote it
 
 
+def test_every_benchmark_begins_with_seed_0(monkeypatch):
+    drawn = []
+    for module in (bench_import, bench_simulator):
+        monkeypatch.setattr(module, "tables", lambda: drawn.append(torch.rand(3)) or ())
+    assert runner.main(["import", "simulator"]) == 0
+    want = torch.rand(3, generator=torch.Generator().manual_seed(0))
+    for one in drawn:
+        torch.testing.assert_close(one, want, rtol=0, atol=0)
+    assert len(drawn) == 2
+
+
+def test_rates_are_measured_without_a_draw_of_the_benchmarks(monkeypatch):
+    monkeypatch.setattr(_machine, "SIDE", 8)
+    monkeypatch.setattr(_machine, "COPIED", 64)
+    before = torch.get_rng_state()
+    for dtype in (torch.float32, torch.bfloat16):
+        rates = _machine.measure_rates(CPU, dtype)
+        assert rates.flops > 0
+        assert rates.bytes > 0
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 @pytest.mark.parametrize(
     ("module", "met", "short", "said"),
     [
@@ -289,6 +311,7 @@ def test_what_was_seen_becomes_a_page_of_tables_and_pictures(tmp_path):
     draw.main([str(path), str(tmp_path / "page")])
     page = (tmp_path / "page" / "index.md").read_text()
     assert "a CPU, 2 threads; torch 2.13; commit 0123456789ab. products of float32 200 GFLOP/s" in page
+    assert "above 100% something was faster than the rates measured first" in page
     assert "| rows 4,096, columns 100 | ours | 410 | 1.00 | 50% | 2 | 1.0e-07 |" in page
     assert "| rows 4,096, columns 100 | peer | 819 | 2.00 | 50% | 2 | 1.0e-07 |" in page
     assert "| broken | wrong: not timed |" in page
