@@ -12,7 +12,10 @@ import torch
 
 from benchmarks._timing import interleaved
 
-PEERS = "triton", "fbgemm-gpu-cpu", "fbgemm-gpu", "torchrec", "datasketches", "liger-kernel", "cut-cross-entropy"
+PEERS = (
+    *("triton", "fbgemm-gpu-cpu", "fbgemm-gpu", "torchrec", "datasketches", "liger-kernel", "cut-cross-entropy"),
+    *("faiss-cpu", "scikit-learn", "torchmetrics"),
+)
 SIDE, COPIED = 2048, 1 << 26  # of a matrix; float32 numbers, more than a cache holds
 
 

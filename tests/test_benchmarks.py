@@ -17,8 +17,10 @@ from benchmarks import (
     _comparison,
     _machine,
     bench_action_transformer,
+    bench_auc,
     bench_import,
     bench_objectives,
+    bench_retrieval,
     bench_sampled_softmax,
     bench_simulator,
     bench_sketch,
@@ -351,6 +353,33 @@ def test_what_is_compressed_on_a_gpu_is_right_by_either_way(monkeypatch):
     model = ActionTransformer(item_dim=32, num_action_types=6, type_dim=32).eval()
     rows = measure(bench_action_transformer.in_bfloat16(model, CPU)._replace(rounds=2), RATES, CPU)
     assert [row.form for row in rows if row.seconds is not None] == ["the user once", "a row a candidate"]
+
+
+@pytest.mark.parametrize("here", [True, False])
+def test_what_is_retrieved_is_right_in_every_form(here, monkeypatch):
+    if here:
+        pytest.importorskip("faiss")
+    else:
+        monkeypatch.setattr(bench_retrieval.importlib.util, "find_spec", lambda _: None)
+    for name, small in {"NUM_QUERIES": 9, "NUM_ITEMS": 3000, "LENGTHS": (3, 20), "NUM_BATCHES": 2}.items():
+        monkeypatch.setattr(bench_retrieval, name, small)
+    faiss = ["faiss", "faiss, its own threshold", "faiss, items added in the call"] if here else []
+    for one, k in zip(bench_retrieval.comparisons(CPU), (3, 20), strict=True):
+        assert one.exact(one.batches[0])[0].shape == (9, k)
+        assert one.absent == ({} if here else {"faiss": "not installed"})
+        rows = measure(one._replace(rounds=2), RATES, CPU)
+        assert [row.form for row in rows if row.seconds is not None] == ["recblocks", "topk of all scores", *faiss]
+
+
+def test_auc_within_chunks_is_the_same_in_every_form(monkeypatch):
+    monkeypatch.setattr(bench_auc, "NUM_CHUNKS", 20)
+    (one,) = bench_auc.comparisons(CPU)
+    rows = measure(one._replace(rounds=2), RATES, CPU)
+    assert [row.form for row in rows if row.seconds is not None] == ["recblocks", *bench_auc.PEERS]
+    monkeypatch.setattr(bench_auc.importlib.util, "find_spec", lambda _: None)
+    (one,) = bench_auc.comparisons(CPU)
+    assert list(one.forms) == ["recblocks"]
+    assert one.absent == dict.fromkeys(bench_auc.PEERS, "not installed")
 
 
 class Graph:
