@@ -52,9 +52,10 @@ def index_of(faiss: Any, items: Tensor) -> Any:
 
 def searched(faiss: Any, index: Any, threshold: int, k: int, queries: Tensor) -> list[Tensor]:
     """With products of matrices where there are as many queries as ``threshold``, or numbers in them (from 1.15 on)."""
-    faiss.cvar.distance_compute_blas_threshold = threshold
+    before, faiss.cvar.distance_compute_blas_threshold = faiss.cvar.distance_compute_blas_threshold, threshold
     scores, rows = torch.empty(len(queries), k), torch.empty(len(queries), k, dtype=torch.int64)
     index.search(queries.numpy(), k, D=scores.numpy(), I=rows.numpy())
+    faiss.cvar.distance_compute_blas_threshold = before
     return [scores]
 
 

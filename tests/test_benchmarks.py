@@ -358,7 +358,8 @@ def test_what_is_compressed_on_a_gpu_is_right_by_either_way(monkeypatch):
 @pytest.mark.parametrize("here", [True, False])
 def test_what_is_retrieved_is_right_in_every_form(here, monkeypatch):
     if here:
-        pytest.importorskip("faiss")
+        settings = pytest.importorskip("faiss").cvar
+        threshold = settings.distance_compute_blas_threshold
     else:
         monkeypatch.setattr(bench_retrieval.importlib.util, "find_spec", lambda _: None)
     for name, small in {"NUM_QUERIES": 9, "NUM_ITEMS": 3000, "LENGTHS": (3, 20), "NUM_BATCHES": 2}.items():
@@ -369,6 +370,7 @@ def test_what_is_retrieved_is_right_in_every_form(here, monkeypatch):
         assert one.absent == ({} if here else {"faiss": "not installed"})
         rows = measure(one._replace(rounds=2), RATES, CPU)
         assert [row.form for row in rows if row.seconds is not None] == ["recblocks", "topk of all scores", *faiss]
+    assert not here or settings.distance_compute_blas_threshold == threshold  # others in the process rely on it
 
 
 def test_auc_within_chunks_is_the_same_in_every_form(monkeypatch):
