@@ -48,17 +48,14 @@ class FusedEmbeddingLookup(nn.Module):
 
     An `IdTable`, of one part a table, gives each id a row; the rows of one width lie in one matrix, so that all
     features of that width, hundreds of them, are looked up in one go. An id without a row gets one of its feature's own
-    rows for unseen ids. A lookup gives no rows: `insert` does, between steps, and so do `evict`, `erase` and `grow`::
+    rows for unseen ids. A lookup gives no rows: `insert` does, between steps, and so do `evict`, `erase` and `grow`.
 
-        lookup.insert(batch)
-        loss(lookup(batch)).backward()
-
-    ``gradient`` says what becomes of it. "dense" and "sparse": it is the ``grad`` of the weights, for an optimiser, as
-    with `torch.nn.Embedding`. "sgd" and "rowwise_adagrad": backward applies it to the rows that were seen, touches no
-    other, and keeps nothing; the weights then need no optimiser. With the sum ``g_r`` of the gradients of row r, "sgd"
-    is ``w_r -= η g_r``, and "rowwise_adagrad" ``m_r += mean(g_r²)``, one number m a row, then ``w_r -= η g_r / (√m_r +
-    1e-8)``, computed in float32 and rounded to the weights' dtype. Two lookups before a backward are two updates (of a
-    compiled one an error), and a loss that is scaled scales them.
+    ``gradient`` says what becomes of a gradient. "dense" and "sparse": it is the ``grad`` of the weights, for an
+    optimiser, as with `torch.nn.Embedding`. "sgd" and "rowwise_adagrad": backward applies it to the rows that were
+    seen, touches no other, and keeps nothing; the weights then need no optimiser. With the sum ``g_r`` of the gradients
+    of row r, "sgd" is ``w_r -= η g_r``, and "rowwise_adagrad" ``m_r += mean(g_r²)``, one number m a row, then ``w_r -=
+    η g_r / (√m_r + 1e-8)``, computed in float32 and rounded to the weights' dtype. Two lookups before a backward are
+    two updates (of a compiled one an error), and a loss that is scaled scales them.
 
     "Between steps" is after the optimiser's, before the next lookup: a backward after `insert` or `grow` would train
     rows that are no longer those that were looked up, and what an optimiser keeps of a row stays when the row is given
@@ -97,6 +94,9 @@ class FusedEmbeddingLookup(nn.Module):
         >>> vectors = lookup(batch)
         >>> vectors.pooled.shape, vectors.pooled[:, lookup.columns["liked"]].shape
         (torch.Size([2, 20]), torch.Size([2, 8]))
+        >>> vectors.pooled.sum().backward()
+        >>> sorted(lookup.weights), lookup.weights["8"].grad.sum()
+        (['4', '8'], tensor(32.))
 
     Note:
         Weights begin uniform within ±1/√capacity of their table, as in DLRM and torchrec, and so does the row of an id

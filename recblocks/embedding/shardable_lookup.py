@@ -38,15 +38,12 @@ class ShardableLookup(nn.Module):
 
     Raw ids become rows in an `IdTable` that every rank has whole; rows become vectors in an EmbeddingBagCollection for
     the features that pool and an EmbeddingCollection of each width for those that do not. These hold what is large, and
-    are what DistributedModelParallel finds and shards, with whatever plan and optimizer it is given::
+    are what DistributedModelParallel finds and shards, with whatever plan and optimizer it is given.
 
-        lookup = ShardableLookup(tables, features, device="meta")
-        apply_optimizer_in_backward(RowWiseAdagrad, lookup.table_weights(), {"lr": 0.01, "eps": 1e-8})
-        model = DistributedModelParallel(Ranker(lookup))
-        lookup.reset_parameters(generator=generator)
-        for batch in this_rank_s_batches:
-            lookup.insert(batch)
-            loss(model(batch)).backward()
+    Made with ``device="meta"``, it is trained in this order: torchrec's ``apply_optimizer_in_backward`` gives
+    `table_weights` their optimizer, say RowWiseAdagrad with an eps of 1e-8; DistributedModelParallel wraps the model;
+    `reset_parameters` draws the weights; then, on every rank and for each of its batches, `insert`, the loss and its
+    backward. ``examples/transact/sharded.py`` does so.
 
     Trained so, with generators of one seed on every rank and a loss whose mean over ranks is the whole batch's, the
     vectors of every id are those of one process with ``FusedEmbeddingLookup(..., gradient="rowwise_adagrad")`` on the
