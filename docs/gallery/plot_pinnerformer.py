@@ -3,8 +3,10 @@ PinnerFormer on one page
 ========================
 
 From a log of actions to user embeddings that are judged on the two weeks after the training data ends: timelines, the
-dense all-action objective, the causal encoder, mixed negatives with logQ, and recall. Seed 0; the data is a simulated
-world whose users have interests that last for weeks.
+dense all-action objective, the causal encoder, mixed negatives with logQ, and recall. Learned from scratch in a few
+hundred steps, its ten nearest items hold more of what users do next than the most popular items, and than the items
+nearest to the mean of what they did. Seed 0; the data is a simulated world whose users have interests that last for
+weeks.
 """
 
 import dataclasses
@@ -17,7 +19,7 @@ from torch import nn
 import recblocks
 
 torch.manual_seed(0)
-world = dataclasses.replace(recblocks.INTERESTS, num_users=1500, num_items=4000)
+world = dataclasses.replace(recblocks.INTERESTS, num_users=1000, num_items=2000)
 seen = recblocks.simulate(world, seed=0)
 day = 86_400_000  # the world's times are milliseconds
 cut = int(seen.actions["time"].min()) + (world.days - 14) * day
@@ -29,7 +31,8 @@ train, judged = recblocks.split_by_user(timelines, held_out=0.2)
 # The model: what an action looks like, the encoder of a user's actions, and the item tower, which reads the content
 # embedding.
 
-dim, max_len, num_items = 32, 64, world.num_items
+dim, max_len, num_items = 32, 32, world.num_items
+content = seen.items.embedding * dim**0.5  # numbers about as large as the other features'
 
 
 class Towers(nn.Module):
@@ -46,7 +49,7 @@ class Towers(nn.Module):
 
     def embed_users(self, action, valid):
         names = ("action_type", "surface", "duration", "time")
-        rows = self.actions(seen.items.embedding[action["item"]], *[action[name] for name in names], valid=valid)
+        rows = self.actions(content[action["item"]], *[action[name] for name in names], valid=valid)
         return self.user(rows, valid=valid)
 
 
@@ -55,13 +58,14 @@ class Towers(nn.Module):
 # four weeks that follow. No label is later than the cut.
 
 objective = functools.partial(
-    recblocks.dense_all_action, max_len=max_len, positive=recblocks.positive_engagement, window_days=28.0, max_labels=16
+    recblocks.dense_all_action, max_len=max_len, positive=recblocks.positive_engagement, window_days=28.0, max_labels=8
 )
 batches = recblocks.TrainingBatches(
-    train, objective, users_per_batch=32, fraction=1.0, max_sequences=1, until=cut, epochs=10
+    train, objective, users_per_batch=12, fraction=1.0, max_sequences=1, until=cut, epochs=6
 )
 model = Towers()
-optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
+optimizer = torch.optim.Adam(model.parameters())
+schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, len(batches))
 sketch = recblocks.CountMinSketch.from_error(epsilon=1e-4, delta=0.01)
 losses = []
 for step in range(len(batches)):
@@ -81,8 +85,8 @@ for step in range(len(batches)):
     slots = model.embed_users(train.gather(examples.actions), examples.valid)
     loss = recblocks.sampled_softmax_loss(
         slots[examples.pair_row, examples.pair_slot],
-        model.item(seen.items.embedding[bought]),
-        model.item(seen.items.embedding[columns]),
+        model.item(content[bought]),
+        model.item(content[columns]),
         log_q_positives=log_q(sketch.query(bought)),
         log_q_negatives=log_q(sketch.query(columns)),
         own=(who, columns, who, bought),
@@ -92,6 +96,7 @@ for step in range(len(batches)):
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
+    schedule.step()
     losses.append(loss.item())
 
 # %%
@@ -107,7 +112,7 @@ newest = past.starts[:, None] + torch.arange(max_len)
 valid = newest < past.ends[:, None]
 with torch.no_grad():
     users = model.embed_users(past.gather(torch.where(valid, newest, 0)), valid)[:, 0]
-    items = model.item(seen.items.embedding)
+    items = model.item(content)
 
 # %%
 # Recall@10: the share of what a user engages with that is among the ten items nearest to the embedding; and the same
@@ -117,8 +122,8 @@ sold = torch.bincount(train.columns["item"][train.columns["time"] <= cut], minle
 recall = {
     "PinnerFormer": recblocks.recall_at_k(users, items, positives, k=10),
     "mean of the user's items": recblocks.recall_at_k(
-        (seen.items.embedding[past.gather(torch.where(valid, newest, 0))["item"]] * valid[..., None]).sum(1),
-        seen.items.embedding,
+        (content[past.gather(torch.where(valid, newest, 0))["item"]] * valid[..., None]).sum(1),
+        content,
         positives,
         k=10,
         metric="inner_product",
@@ -135,3 +140,4 @@ left.set(xlabel="20 steps", ylabel="loss")
 right.barh(list(recall), [float(value) for value in recall.values()])
 right.invert_yaxis()
 right.set_xlabel("Recall@10")
+assert max(recall, key=recall.get) == "PinnerFormer"
