@@ -67,7 +67,7 @@ def wheel(session: nox.Session) -> None:
 @nox.session(python="3.10")
 def lowest(session: nox.Session) -> None:
     """The README's code from the wheel on the oldest Python, torch and numpy that are supported."""
-    from_new_wheel(session, "torch==2.13.0", "numpy==1.26.0")
+    from_new_wheel(session, "torch==2.11.0", "numpy==1.26.0")
 
 
 @nox.session(python="3.13")

@@ -137,7 +137,8 @@ def extra_bytes(call: Callable[[], Sequence[Tensor]], device: torch.device) -> i
         given = call()
         return torch.cuda.max_memory_allocated(device) - before - _num_bytes(given)
     call()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profile:
         given = call()
     results: Any = profile.profiler
     changes = [event for event in results.kineto_results.events() if event.name() == "[memory]"]
@@ -179,7 +180,7 @@ def _captured(form: Form, batches: Sequence[Any]) -> list[torch.cuda.CUDAGraph]:
 
 def _num_kernels(form: Form, batch: Any) -> int:
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profile:
+    with torch.profiler.profile(activities=activities, acc_events=True) as profile:
         form(batch)
         torch.cuda.synchronize()
     return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events() or ())

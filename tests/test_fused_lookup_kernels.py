@@ -454,7 +454,7 @@ def test_whoever_looks_sees_the_operator(backend, device):
         want = lookup(given).pooled
         with _Seen() as mode:
             seen = lookup(given).pooled
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profile:
             profiled = lookup(given).pooled
         groups = [group._replace(ids=group.ids.as_subclass(_Own)) for group in given.groups]
         own = lookup(given._replace(groups=tuple(groups))).pooled
@@ -886,7 +886,7 @@ def test_whoever_looks_sees_features_that_lie_apart_looked_up_by_the_operator():
     want = served(batch).pooled
     with _Seen() as mode:
         seen = served(batch).pooled
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profile:
         profiled = served(batch).pooled
     assert torch.equal(seen, want)
     assert torch.equal(profiled, want)

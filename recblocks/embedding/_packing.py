@@ -68,7 +68,7 @@ def groups_of(
     if features.made_for != layout.made_for:
         layout.refuse("features", features.made_for)
     names = [name for group in features.groups for name in group.names]
-    if len(names) != len(layout.features) or set(names) != layout.features.keys():
+    if len(names) != len(layout.features) or set(names) != set(layout.features):
         raise ValueError(f"features must be packed of {list(layout.features)}, each once, got {names}")
     every = ((group.ids, group.feature, group.offsets, group.sizes) for group in features.groups)
     for one in (tensor for tensors in every for tensor in tensors if tensor is not None):
