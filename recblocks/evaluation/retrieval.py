@@ -371,6 +371,10 @@ def _blocked_top_k(
 
 def _block_top_k(scores: Tensor, k: int, allowed: Tensor | None) -> TopK:
     """NaN and -inf that are scores come before what is not allowed."""
+    if allowed is None and _checks.readable(scores):
+        best, items = scores.topk(k, dim=1)  # NaN first
+        if not best[:, :1].isnan().any():
+            return TopK(items, best, torch.ones_like(items, dtype=torch.bool))
     lowest = torch.finfo(scores.dtype).min
     keys = scores.nan_to_num(nan=lowest, neginf=lowest, posinf=torch.inf)
     if allowed is not None:
