@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from docutils import nodes
 from sphinx.application import Sphinx
@@ -12,37 +13,64 @@ from sphinx.util.docutils import SphinxDirective
 
 from benchmarks._report import HEADER, absences, cells
 from benchmarks._timing import Table
+from benchmarks.draw import Result
 
-RECORDED = pathlib.Path(__file__).parents[1] / "benchmarks" / "results" / "cpu-2-cores.json"
+RESULTS = pathlib.Path(__file__).parents[1] / "benchmarks" / "results"
 
 
 class Benchmark(SphinxDirective):
-    """Tables of what was seen, bars that were missed, and on what machine."""
+    """Tables of what one recorded run saw, on what machine, and the bars that it or another run missed."""
 
     required_arguments = 1
     final_argument_whitespace = True
 
     def run(self) -> list[nodes.Node]:
         """Make the nodes of one place."""
-        self.env.note_dependency(str(RECORDED))
-        found, begin = json.loads(RECORDED.read_text()), self.arguments[0]
-        results = [one for one in found["results"] if one["op"].startswith(begin)]
-        tables = [Table(**one) for one in found.get("tables", []) if one["title"].startswith(begin)]
-        if not results and not tables:
-            raise self.error(f"no benchmark begins with {begin!r}")
+        begin = self.arguments[0]
         made: list[nodes.Node] = []
-        for result in results:
-            sizes = ", ".join(f"{name} {size:,}" for name, size in result["sizes"].items())
-            made += [nodes.paragraph(text=f"{result['op'][:1].upper()}{result['op'][1:]}: {sizes}, {result['dtype']}.")]
-            absent = [(*each, "", "", "") for each in absences(result)]
-            made += [table(HEADER, [*cells(result), *absent])]
-            made += [nodes.paragraph(text=f"Missed: {line}.") for line in result["missed"]]
-        for one in tables:
-            made += [nodes.paragraph(text=f"{one.title[:1].upper()}{one.title[1:]}."), table(one.header, one.cells())]
-            made += [nodes.paragraph(text=f"Missed: {line}.") for line in one.missed]
-        machine = found["machine"]
-        said = f"{machine['processor']}, {machine['threads']} threads, commit {machine['commit'][:12]}: medians."
-        return [*made, nodes.paragraph(text=said)]
+        for path in sorted(RESULTS.glob("*.json"), key=lambda path: path.stem):
+            self.env.note_dependency(str(path))
+            found = json.loads(path.read_text())
+            results = [one for one in found["results"] if one["op"].startswith(begin)]
+            tables = [Table(**one) for one in found.get("tables", []) if one["title"].startswith(begin)]
+            if results or tables:
+                made += _missed(results, tables, found["machine"]) if made else _seen(results, tables, found["machine"])
+        if not made:
+            raise self.error(f"no benchmark begins with {begin!r}")
+        return made
+
+
+def _seen(results: Sequence[Result], tables: Sequence[Table], machine: Mapping[str, Any]) -> list[nodes.Node]:
+    """Everything, of the first run that has it."""
+    made: list[nodes.Node] = []
+    for result in results:
+        absent = [(*each, "", "", "") for each in absences(result)]
+        made += [nodes.paragraph(text=f"{_named(result)}."), table(HEADER, [*cells(result), *absent])]
+        made += [nodes.paragraph(text=f"Missed: {line}.") for line in result["missed"]]
+    for one in tables:
+        made += [nodes.paragraph(text=f"{_capital(one.title)}."), table(one.header, one.cells())]
+        made += [nodes.paragraph(text=f"Missed: {line}.") for line in one.missed]
+    return [*made, nodes.paragraph(text=f"{_on(machine)}: medians.")]
+
+
+def _missed(results: Sequence[Result], tables: Sequence[Table], machine: Mapping[str, Any]) -> list[nodes.Node]:
+    """What another run missed."""
+    lines = [(_named(result), line) for result in results for line in result["missed"]]
+    lines += [(_capital(one.title), line) for one in tables for line in one.missed]
+    return [nodes.paragraph(text=f"Missed on {_on(machine)}. {what}: {line}.") for what, line in lines]
+
+
+def _named(result: Result) -> str:
+    sizes = ", ".join(f"{name} {size:,}" for name, size in result["sizes"].items())
+    return f"{_capital(result['op'])}: {sizes}, {result['dtype']}"
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _on(machine: Mapping[str, Any]) -> str:
+    return f"{machine['processor']}, {machine['threads']} threads, commit {machine['commit'][:12]}"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> nodes.table:
