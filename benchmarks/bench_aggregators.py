@@ -12,18 +12,11 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 from benchmarks._comparison import Comparison
 from benchmarks._compiled import compiled
+from benchmarks._sequences import sequences
 from recblocks import AveragePooling, LSTMAggregator
 
 NUM_ROWS, SLOTS, WIDTH, HIDDEN, NUM_BATCHES = 256, 50, 96, 256, 3
 LAYERS = 2
-
-
-def batch(seed: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Actions, newest first, of users of any length but 0, and what of them is valid."""
-    generator = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(1, SLOTS + 1, (NUM_ROWS, 1), generator=generator)
-    x = torch.randn(NUM_ROWS, SLOTS, WIDTH, generator=generator)
-    return x.to(device), (torch.arange(SLOTS) < lengths).to(device)
 
 
 def written_out(x: Tensor, valid: Tensor) -> Tensor:
@@ -50,7 +43,7 @@ def comparisons(device: torch.device) -> Iterator[Comparison]:
     theirs = nn.LSTM(WIDTH, HIDDEN, num_layers=LAYERS, batch_first=True).to(device).eval()
     theirs.load_state_dict(lstm.state_dict())
     of_a_step = 2 * 4 * HIDDEN * (WIDTH + HIDDEN) + (LAYERS - 1) * 2 * 4 * HIDDEN * 2 * HIDDEN
-    batches = [batch(seed, device) for seed in range(NUM_BATCHES)]
+    batches = [sequences(NUM_ROWS, SLOTS, WIDTH, seed, device) for seed in range(NUM_BATCHES)]
     steps = sum(int(valid.sum()) for _, valid in batches) / NUM_BATCHES
     kinds: dict[str, tuple[dict[str, Callable[..., Tensor]], Callable[..., Tensor], float, float]] = {
         "average pooling": (

@@ -10,17 +10,10 @@ from torch import Tensor
 
 from benchmarks._comparison import Comparison
 from benchmarks._compiled import compiled
+from benchmarks._sequences import sequences
 from recblocks import OutputCompression
 
 NUM_ROWS, SLOTS, WIDTH, KEPT, NUM_BATCHES = 512, 100, 96, 10, 3
-
-
-def batch(seed: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """A sequence model's output of users of any length but 0, and what of it is valid."""
-    generator = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(1, SLOTS + 1, (NUM_ROWS, 1), generator=generator)
-    x = torch.randn(NUM_ROWS, SLOTS, WIDTH, generator=generator)
-    return x.to(device), (torch.arange(SLOTS) < lengths).to(device)
 
 
 def written_out(x: Tensor, valid: Tensor) -> Tensor:
@@ -43,7 +36,7 @@ def comparisons(device: torch.device) -> Iterator[Comparison]:
         op="output compression, forward and backward",
         sizes={"rows": NUM_ROWS, "slots": SLOTS, "width": WIDTH, "kept": KEPT},
         dtype="float32",
-        batches=[batch(seed, device) for seed in range(NUM_BATCHES)],
+        batches=[sequences(NUM_ROWS, SLOTS, WIDTH, seed, device) for seed in range(NUM_BATCHES)],
         exact=lambda given: trained(written_out, (given[0].double(), given[1])),
         forms={name: functools.partial(trained, compress) for name, compress in forms.items()},
         allowed=1e-6,  # numbers are picked, not summed
