@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks._comparison import Comparison, Row, missed
-from benchmarks._timing import Table
+from benchmarks._timing import Table, three_digits
 
 
 def as_json(one: Comparison, rows: Sequence[Row]) -> dict[str, Any]:
@@ -38,8 +38,8 @@ def cells(result: dict[str, Any]) -> list[tuple[str, ...]]:
             continue
         times = f"{row['seconds'] / ours:.2f}" if ours else ""
         share = "" if row["of_floor"] is None else f"{row['of_floor']:.0%}"
-        extra = "" if row["extra_bytes"] is None else f"{row['extra_bytes'] / 2**20:.3g}"
-        found.append((row["form"], f"{1000 * row['seconds']:.3g}", times, share, extra))
+        extra = "" if row["extra_bytes"] is None else three_digits(row["extra_bytes"] / 2**20)
+        found.append((row["form"], three_digits(1000 * row["seconds"]), times, share, extra))
     return found
 
 

@@ -52,6 +52,11 @@ def interleaved(
     return {name: statistics.median(some) for name, some in runs(calls, rounds=rounds, device=device).items()}
 
 
+def three_digits(value: float) -> str:
+    """Three digits, and no exponent where it is large."""
+    return f"{value:,.0f}" if abs(value) >= 999.5 else f"{value:.3g}"
+
+
 class Table(NamedTuple):
     """What is printed, and written down, of what was seen."""
 
@@ -63,7 +68,9 @@ class Table(NamedTuple):
 
     def cells(self) -> list[tuple[str, ...]]:
         """The rows as text."""
-        return [tuple(f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row) for row in self.rows]
+        return [
+            tuple(three_digits(cell) if isinstance(cell, float) else str(cell) for cell in row) for row in self.rows
+        ]
 
     def show(self) -> None:
         """Print the rows as aligned columns, and the bars that are not met."""

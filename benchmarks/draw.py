@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 from matplotlib.figure import Figure
 
 from benchmarks._report import HEADER, absences, cells
-from benchmarks._timing import Table
+from benchmarks._timing import Table, three_digits
 
 Result: TypeAlias = dict[str, Any]  # of one comparison, as `benchmarks._report.as_json` gives it
 
@@ -150,7 +150,7 @@ def _table(results: Sequence[Result]) -> str:
             seen = [_sizes(result), *form, f"{row['error']:.1e}"]
             if on_gpu and row["seconds"] is not None:
                 replayed = row["replayed"]
-                seen += ["cannot" if replayed is None else f"{1000 * replayed:.3g}", f"{row['kernels']}"]
+                seen += ["cannot" if replayed is None else three_digits(1000 * replayed), f"{row['kernels']}"]
             lines.append(_line(seen, len(header)))
         lines += [_line([_sizes(result), *absent], len(header)) for absent in absences(result)]
     return "\n".join(lines)

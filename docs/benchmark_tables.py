@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -43,10 +44,15 @@ class Benchmark(SphinxDirective):
 def _seen(results: Sequence[Result], tables: Sequence[Table], machine: Mapping[str, Any]) -> list[nodes.Node]:
     """Everything, of the first run that has it."""
     made: list[nodes.Node] = []
-    for result in results:
-        absent = [(*each, "", "", "") for each in absences(result)]
-        made += [nodes.paragraph(text=f"{_named(result)}."), table(HEADER, [*cells(result), *absent])]
-        made += [nodes.paragraph(text=f"Missed: {line}.") for line in result["missed"]]
+    for op, of_one_op in itertools.groupby(results, key=lambda result: result["op"]):
+        group = [*of_one_op]
+        rows = [[*cells(result), *((*each, "", "", "") for each in absences(result))] for result in group]
+        if len(group) == 1:
+            made += [nodes.paragraph(text=f"{_named(group[0])}."), table(HEADER, rows[0])]
+        else:
+            of_sizes = [(_sizes(result), *row) for result, some in zip(group, rows, strict=True) for row in some]
+            made += [nodes.paragraph(text=f"{_capital(op)}, {group[0]['dtype']}."), table(("sizes", *HEADER), of_sizes)]
+        made += [nodes.paragraph(text=f"Missed: {_sizes(one)}: {line}.") for one in group for line in one["missed"]]
     for one in tables:
         made += [nodes.paragraph(text=f"{_capital(one.title)}."), table(one.header, one.cells())]
         made += [nodes.paragraph(text=f"Missed: {line}.") for line in one.missed]
@@ -61,8 +67,11 @@ def _missed(results: Sequence[Result], tables: Sequence[Table], machine: Mapping
 
 
 def _named(result: Result) -> str:
-    sizes = ", ".join(f"{name} {size:,}" for name, size in result["sizes"].items())
-    return f"{_capital(result['op'])}: {sizes}, {result['dtype']}"
+    return f"{_capital(result['op'])}: {_sizes(result)}, {result['dtype']}"
+
+
+def _sizes(result: Result) -> str:
+    return ", ".join(f"{name} {size:,}" for name, size in result["sizes"].items())
 
 
 def _capital(text: str) -> str:

@@ -28,7 +28,7 @@ from benchmarks import (
     draw,
 )
 from benchmarks._comparison import Comparison, extra_bytes, is_wrong, measure, missed
-from benchmarks._timing import Table
+from benchmarks._timing import Table, three_digits
 from recblocks import ActionTransformer
 
 CPU = torch.device("cpu")
@@ -446,3 +446,8 @@ def test_a_benchmark_that_there_is_not_is_refused(capsys):
     with pytest.raises(SystemExit):
         runner.main(["nothing"])
     assert "no benchmark named nothing" in capsys.readouterr().err
+
+
+def test_numbers_are_printed_without_an_exponent_where_they_are_large():
+    printed = [three_digits(one) for one in (0.0123456, 12.34, 999.4, 999.6, 2250.4, 1.5e6)]
+    assert printed == ["0.0123", "12.3", "999", "1,000", "2,250", "1,500,000"]
