@@ -60,9 +60,13 @@ def as_time(name: str, value: Array, unit: str) -> Array:
     _checks.choice("unit", unit, UNITS)
     if value.dtype.kind == "M":
         target = np.dtype(f"datetime64[{unit}]")
-        converted = value.astype(target)
         finer = np.promote_types(value.dtype, target) == target  # else it is rounded, and cannot overflow
-        if finer and ((converted.astype(value.dtype) != value) & ~np.isnat(value)).any():
+        try:
+            converted = value.astype(target)
+            fits = not finer or ((converted.astype(value.dtype) == value) | np.isnat(value)).all()
+        except OverflowError:  # numpy before 2.5 wraps
+            fits = False
+        if not fits:
             raise ValueError(f"{name} must fit int64 in {unit!r}, got {value.dtype} beyond it")
         value = converted.view(np.int64)
     return as_int64(name, value)
