@@ -5,8 +5,10 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional
+from torch.nn.utils import prune
 
-from recblocks.sequence.action_transformer import ActionTransformer
+from recblocks.sequence._post_norm_layer import PostNormLayer
+from recblocks.sequence.action_transformer import _LEAST_TOKENS, ActionTransformer
 
 ITEM, TYPE, TYPES, USER, SLOTS, NOW = 4, 2, 3, 3, 5, 1_700_000_000_123
 # Float64 and a thousand operations on numbers near 1: under 1e-13 is typical; the mistakes that these tests look for
@@ -288,7 +290,7 @@ def one_by_one(module, given, candidates):
     return out.unflatten(0, (rows, num))
 
 
-@pytest.mark.parametrize("chunk", [1, 2**18])
+@pytest.mark.parametrize(("chunk", "least"), [(1, 0), (2**18, 0), (2**18, 2)])
 @hypothesis.given(
     valid=masks,
     positions=all_positions,
@@ -299,7 +301,7 @@ def one_by_one(module, given, candidates):
     num=st.integers(1, 3),
 )
 def test_many_candidates_of_a_user_equal_a_row_each(
-    chunk, valid, positions, types, user_dim, num_layers, num_heads, num
+    chunk, least, valid, positions, types, user_dim, num_layers, num_heads, num
 ):
     module = transformer(
         positions=positions, num_action_types=types, user_dim=user_dim, num_layers=num_layers, num_heads=num_heads
@@ -310,6 +312,7 @@ def test_many_candidates_of_a_user_equal_a_row_each(
     del given["candidate"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("recblocks.sequence.action_transformer._CACHED_SCORES", chunk)
+        patch.setattr("recblocks.sequence.action_transformer._LEAST_TOKENS", least)
         got = module.encode_candidates(module.encode_user(**given), candidates)
     torch.testing.assert_close(got, want, **EXACT)
     assert (got[~valid[:, None].expand(-1, num, -1)] == 0).all()
@@ -319,21 +322,85 @@ def test_many_candidates_of_a_user_equal_a_row_each(
     torch.testing.assert_close(got, want[0], **EXACT)
 
 
-@pytest.mark.parametrize("part", ["qkv", "attention_out", "ffn_hidden"])
-def test_many_candidates_go_through_a_part_of_a_layer_that_was_swapped(part):
-    class Adapted(torch.nn.Linear):
-        def forward(self, x):
-            return 3 * super().forward(x)
+class Adapted(torch.nn.Linear):
+    def forward(self, x):
+        return 3 * super().forward(x)
 
+
+class Doubled(PostNormLayer):
+    def forward(self, x, keys):
+        return 2 * super().forward(x, keys)
+
+
+class Wrapped(torch.nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.inner = layer
+
+    def forward(self, *args):
+        return 2 * self.inner(*args)
+
+
+def without_bias(layer, part):
+    old = getattr(layer, part)
+    setattr(layer, part, torch.nn.Linear(old.in_features, old.out_features, bias=False, dtype=torch.float64))
+
+
+def pruned(layer):
+    prune.l1_unstructured(layer.qkv, "weight", 0.5)
+    with torch.no_grad():
+        layer.qkv.weight_orig.mul_(1.5)  # the weight itself is made anew when the part is called
+
+
+CHANGES = {
+    "a part of another class": lambda layers: setattr(layers[1].qkv, "__class__", Adapted),
+    "another part of another class": lambda layers: setattr(layers[1].attention_out, "__class__", Adapted),
+    "a part without bias": lambda layers: without_bias(layers[1], "qkv"),
+    "another part without bias": lambda layers: without_bias(layers[1], "attention_out"),
+    "a pruned part": lambda layers: pruned(layers[1]),
+    "a hook of a part": lambda layers: layers[1].qkv.register_forward_hook(lambda *given: 2 * given[-1]),
+    "a hook of a layer": lambda layers: layers[1].register_forward_hook(lambda *given: 2 * given[-1]),
+    "a hook before a layer": lambda layers: layers[1].register_forward_pre_hook(
+        lambda _, given: (2 * given[0], *given[1:])
+    ),
+    "a layer of another class": lambda layers: setattr(layers[1], "__class__", Doubled),
+    "a layer in another module": lambda layers: layers.__setitem__(1, Wrapped(layers[1])),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_many_candidates_go_through_what_was_put_into_a_layer(change, monkeypatch):
+    monkeypatch.setattr("recblocks.sequence.action_transformer._LEAST_TOKENS", 0)
     module = transformer()
     given = arguments(module, torch.tensor([[True, True, False, True, False]]))
     candidates = torch.randn(1, 4, ITEM, dtype=torch.float64)
     plain = one_by_one(module, given, candidates)
-    getattr(module.layers[1], part).__class__ = Adapted
-    want = one_by_one(module, given, candidates)
-    assert not torch.allclose(want, plain)
+    CHANGES[change](module.layers)
+    want_given = dict(given)
     del given["candidate"]
-    torch.testing.assert_close(module.encode_candidates(module.encode_user(**given), candidates), want, **EXACT)
+    got = module.encode_candidates(module.encode_user(**given), candidates)
+    want = one_by_one(module, want_given, candidates)
+    assert not torch.allclose(want, plain)
+    torch.testing.assert_close(got, want, **EXACT)
+
+
+@pytest.mark.parametrize("num_heads", [1, 2])
+def test_one_plain_head_takes_half_of_the_products(num_heads, monkeypatch):
+    """And only where they are many enough, and nothing is dropped."""
+    module = transformer(num_heads=num_heads, dropout=0.5).eval()
+    calls = []
+    monkeypatch.setattr(PostNormLayer, "one_head", lambda self, x, keys: calls.append(x.shape) or self(x, keys))
+    given = arguments(module, torch.ones(1, 5, dtype=torch.bool))
+    del given["candidate"]
+    encoded = module.encode_user(**given)
+    enough = _LEAST_TOKENS * module.out_dim // 5 + 1  # candidates, of five tokens each
+    module.encode_candidates(encoded, torch.randn(enough - 1, ITEM))
+    assert not calls
+    module.encode_candidates(encoded, torch.randn(enough, ITEM))
+    assert len(calls) == (1 if num_heads == 1 else 0)
+    module.train()
+    module.encode_candidates(encoded, torch.randn(enough, ITEM))
+    assert len(calls) == (1 if num_heads == 1 else 0)
 
 
 @pytest.mark.parametrize("user_dim", [None, USER])

@@ -268,10 +268,10 @@ def test_bad_input(change, error, words):
 
 def test_nan_comes_behind_every_score_and_is_an_item_all_the_same():
     nan, inf = torch.nan, torch.inf
-    best = top_k(torch.tensor([[nan, 1.0, inf, -inf], [4.0, 3.0, 2.0, 1.0]]), k=3)
-    assert best.items[0, :2].tolist() == [2, 1]
-    assert best.items[0, 2] in (0, 3)
-    assert best.items[1].tolist() == [0, 1, 2]
+    best = top_k(torch.tensor([[4.0, 3.0, 2.0, 1.0], [nan, 1.0, inf, -inf]]), k=3)
+    assert best.items[0].tolist() == [0, 1, 2]
+    assert best.items[1, :2].tolist() == [2, 1]
+    assert best.items[1, 2] in (0, 3)
     assert best.valid.all()
     unmasked = top_k(torch.tensor([[1.0, -inf, 3.0]]), k=3)
     assert (unmasked.items.tolist(), unmasked.scores.tolist()) == ([[2, 0, 1]], [[3.0, 1.0, -inf]])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,11 @@ from recblocks.sequence.fusion import fuse_append, fuse_concat
 _UNITS_PER_SECOND = {"s": 1, "ms": 1000}
 # So many attention scores of float32 are 1 MiB: on a CPU the work on some candidates at a time stays in its cache.
 _CACHED_SCORES = 2**18
+# Tokens for each of their numbers, from which on a layer's products of weights are soon earned back.
+_LEAST_TOKENS = 2
+
+
+_HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
 
 
 class EncodedUser(NamedTuple):
@@ -304,9 +309,9 @@ class ActionTransformer(nn.Module):
         candidates = candidates.to(encoded.residual.dtype)
         of_layers = [one for layer in self.layers for one in layer.parameters()]
         has_all = encoded.slots.shape[0] == encoded.valid.shape[1]
-        is_plain = all(map(_is_plain, self.layers))
-        takes = has_all and is_plain and (compression is None or compression.columns == "first")
-        if takes and runs_on(encoded[:4], encoded.valid, candidates, of_layers):
+        takes = has_all and (compression is None or compression.columns == "first")
+        takes = takes and runs_on(encoded[:4], encoded.valid, candidates, of_layers)
+        if takes and all(map(_is_plain, self.layers)):
             return self._in_one_kernel(encoded, candidates, compression)
         x = self._in_chunks(encoded, candidates)
         if compression is None:
@@ -368,9 +373,9 @@ class ActionTransformer(nn.Module):
         x = first.feed_forward(first.attention_norm(x)).flatten(0, 1)
 
         keys = None if encoded.keys is None else encoded.keys.repeat_interleave(num, dim=0)
+        many = not watched() and x.shape[0] * tokens > _LEAST_TOKENS * self.out_dim
         for layer in list(self.layers)[1:]:
-            assert isinstance(layer, PostNormLayer)
-            x = layer.one_head(x, keys) if layer.num_heads == 1 and _is_plain(layer) else layer(x, keys)
+            x = layer.one_head(x, keys) if many and _has_one_plain_head(layer) else layer(x, keys)
         x = x.view(rows, num, tokens, self.out_dim)[:, :, tokens - encoded.slots.shape[0] :]
         if encoded.keys is not None:
             x = x.masked_fill(~encoded.valid[:, None, encoded.slots, None], 0)
@@ -456,9 +461,18 @@ class ActionTransformer(nn.Module):
         return layer
 
 
-def _is_plain(layer: nn.Module) -> bool:
-    """Whether its parameters tell all that it does: none of its parts was swapped for another one."""
-    return all(type(part) in (nn.Linear, nn.LayerNorm) for part in layer.children())
+def _has_one_plain_head(layer: nn.Module) -> TypeGuard[PostNormLayer]:
+    return _is_plain(layer) and layer.num_heads == 1 and not (layer.training and layer.dropout)
+
+
+def _is_plain(layer: nn.Module) -> TypeGuard[PostNormLayer]:
+    """Whether its parameters tell all that it does: it has no hook, and nothing was swapped for something else."""
+    parts = [*layer.children()]
+    return (
+        type(layer) is PostNormLayer
+        and all(type(part) in (nn.Linear, nn.LayerNorm) and part.bias is not None for part in parts)
+        and not any(any(getattr(one, hooks) for hooks in _HOOKS) for one in (layer, *parts))
+    )
 
 
 def _keys(seen: Tensor) -> Tensor:
