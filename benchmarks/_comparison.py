@@ -104,6 +104,11 @@ def missed(one: Comparison, rows: Sequence[Row]) -> list[str]:
     return [f"{times[name]:.2f} times {name}, not {bar:g}" for name, bar in short.items()]
 
 
+def named_sizes(sizes: Mapping[str, int], without: str | None = None) -> str:
+    """The sizes of an operation as text."""
+    return ", ".join(f"{name} {size:,}" for name, size in sizes.items() if name != without)
+
+
 def show(one: Comparison, rows: Sequence[Row]) -> None:
     """Print a table."""
     ours = rows[0].seconds
@@ -119,7 +124,7 @@ def show(one: Comparison, rows: Sequence[Row]) -> None:
         if row.kernels is not None:
             cells[-1] += ("cannot" if row.replayed is None else 1000 * row.replayed, row.kernels)
     cells += [(name, f"absent: {why}", "", "", "", "") for name, why in one.absent.items()]
-    sizes = ", ".join(f"{name} {size:,}" for name, size in one.sizes.items())
+    sizes = named_sizes(one.sizes)
     bars = "".join(f", bar {bar:g} times {name}" for name, bar in one.bars.items())
     header: tuple[str, ...] = "form", "ms", "times ours", "of floor", "extra MiB", "error"
     if any(row.kernels is not None for row in rows):

@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 
 from matplotlib.figure import Figure
 
+from benchmarks._comparison import named_sizes
 from benchmarks._report import HEADER, absences, cells
 from benchmarks._timing import Table, three_digits
 
@@ -77,10 +78,6 @@ def _varying(results: Sequence[Result]) -> str | None:
     return names[0] if len(results) > 2 and len(names) == 1 else None
 
 
-def _sizes(result: Result, without: str | None = None) -> str:
-    return ", ".join(f"{name} {size:,}" for name, size in result["sizes"].items() if name != without)
-
-
 def _bars(result: Result) -> Figure:
     """A bar a form, ours above the others, the floor as a line."""
     rows = [row for row in result["rows"] if row["seconds"] is not None]
@@ -101,7 +98,7 @@ def _bars(result: Result) -> Figure:
         axes.axvline(times[0] * rows[0]["of_floor"], color=INK, linestyle="--", linewidth=1, label="floor")
         axes.legend(frameon=False, fontsize=8)
     axes.set_xlabel("ms")
-    axes.set_title(f"{_sizes(result)}, {result['dtype']}", fontsize=9, loc="left")
+    axes.set_title(f"{named_sizes(result['sizes'])}, {result['dtype']}", fontsize=9, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     return figure
 
@@ -129,14 +126,16 @@ def _curves(results: Sequence[Result], varying: str) -> Figure:
         axes.spines[["top", "right"]].set_visible(False)
     names = of_time.get_legend_handles_labels()
     figure.legend(*names, frameon=False, fontsize=8, loc="outside lower center", ncols=len(names[0]))
-    figure.suptitle(f"{_sizes(results[0], varying)}, {results[0]['dtype']}", fontsize=9, x=0.01, ha="left")
+    figure.suptitle(
+        f"{named_sizes(results[0]['sizes'], varying)}, {results[0]['dtype']}", fontsize=9, x=0.01, ha="left"
+    )
     return figure
 
 
 def _alternative(results: Sequence[Result]) -> str:
     """What the picture shows, for those who do not see it."""
     first = results[0]["rows"][0]
-    sizes = f"{len(results)} sizes" if len(results) > 1 else _sizes(results[0])
+    sizes = f"{len(results)} sizes" if len(results) > 1 else named_sizes(results[0]["sizes"])
     return f"time of {first['form']} beside {len(results[0]['rows']) - 1} others at {sizes}"
 
 
@@ -147,12 +146,12 @@ def _table(results: Sequence[Result]) -> str:
     lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
     for result in results:
         for row, form in zip(result["rows"], cells(result), strict=True):
-            seen = [_sizes(result), *form, f"{row['error']:.1e}"]
+            seen = [named_sizes(result["sizes"]), *form, f"{row['error']:.1e}"]
             if on_gpu and row["seconds"] is not None:
                 replayed = row["replayed"]
                 seen += ["cannot" if replayed is None else three_digits(1000 * replayed), f"{row['kernels']}"]
             lines.append(_line(seen, len(header)))
-        lines += [_line([_sizes(result), *absent], len(header)) for absent in absences(result)]
+        lines += [_line([named_sizes(result["sizes"]), *absent], len(header)) for absent in absences(result)]
     return "\n".join(lines)
 
 

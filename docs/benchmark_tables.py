@@ -12,6 +12,7 @@ from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
+from benchmarks._comparison import named_sizes
 from benchmarks._report import HEADER, absences, cells
 from benchmarks._timing import Table
 from benchmarks.draw import Result
@@ -50,9 +51,15 @@ def _seen(results: Sequence[Result], tables: Sequence[Table], machine: Mapping[s
         if len(group) == 1:
             made += [nodes.paragraph(text=f"{_named(group[0])}."), table(HEADER, rows[0])]
         else:
-            of_sizes = [(_sizes(result), *row) for result, some in zip(group, rows, strict=True) for row in some]
+            of_sizes = [
+                (named_sizes(result["sizes"]), *row) for result, some in zip(group, rows, strict=True) for row in some
+            ]
             made += [nodes.paragraph(text=f"{_capital(op)}, {group[0]['dtype']}."), table(("sizes", *HEADER), of_sizes)]
-        made += [nodes.paragraph(text=f"Missed: {_sizes(one)}: {line}.") for one in group for line in one["missed"]]
+        made += [
+            nodes.paragraph(text=f"Missed: {named_sizes(one['sizes'])}: {line}.")
+            for one in group
+            for line in one["missed"]
+        ]
     for one in tables:
         made += [nodes.paragraph(text=f"{_capital(one.title)}."), table(one.header, one.cells())]
         made += [nodes.paragraph(text=f"Missed: {line}.") for line in one.missed]
@@ -67,11 +74,7 @@ def _missed(results: Sequence[Result], tables: Sequence[Table], machine: Mapping
 
 
 def _named(result: Result) -> str:
-    return f"{_capital(result['op'])}: {_sizes(result)}, {result['dtype']}"
-
-
-def _sizes(result: Result) -> str:
-    return ", ".join(f"{name} {size:,}" for name, size in result["sizes"].items())
+    return f"{_capital(result['op'])}: {named_sizes(result['sizes'])}, {result['dtype']}"
 
 
 def _capital(text: str) -> str:

@@ -21,8 +21,6 @@ _UNITS_PER_SECOND = {"s": 1, "ms": 1000}
 _CACHED_SCORES = 2**18
 # Tokens for each of their numbers, from which on a layer's products of weights are soon earned back.
 _LEAST_TOKENS = 2
-
-
 _HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
 
 
